@@ -1,0 +1,384 @@
+r"""Multi-sample bounds: functions of K log-weights per datum.
+
+With :math:`w_k = p(x, z_k)/q(z_k|x)` and :math:`z_k` drawn from the guide,
+
+================== ============================================================================ ===============
+class              estimate                                                                     at the ends
+================== ============================================================================ ===============
+IWELBO             :math:`\log\frac1K\sum_k w_k`                                                K = 1: ELBO
+VRBound            :math:`\frac1{1-\alpha}\log\frac1K\sum_k w_k^{1-\alpha}`                     α = 0: IWELBO
+ThermodynamicBound :math:`\sum_j(\beta_{j+1}-\beta_j)\sum_k \tilde w_k^{(\beta_j)}\log w_k`     β = (0): ELBO
+================== ============================================================================ ===============
+
+The logarithm of an average is per datum: the scale N/B of a minibatch stands outside of it.  A plate that is
+subsampled and does not enclose every site would put its scale inside, and the estimate would be no bound, even in
+expectation; it is refused, unless ``share_globals`` makes the weights local.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_hvae.bounds.base import Estimate, Program, Treatment, WeightBound
+from pyro_hvae.bounds.elbo import dependencies_of, layer_terms
+from pyro_hvae.bounds.gradients import averaged, fold
+from pyro_hvae.traces import Plate, Reading, Structure, read
+
+__all__ = ["IWELBO", "MultiSampleBound", "ThermodynamicBound", "VRBound", "log_spacing"]
+
+
+class MultiSampleBound(WeightBound):
+    """What the bounds of this module share: the refusals, evaluation in chunks, and the quality of the weights.
+
+    Args:
+        chunk_size: how many particles run at once where no gradient is asked for (``per_datum``, ``terms``,
+            ``loss``); memory grows with it, not with ``num_particles``.
+    """
+
+    def __init__(self, num_particles: int, gradient: str = "pathwise", *, chunk_size: int = 256) -> None:
+        super().__init__(num_particles, gradient)
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.chunk_size = chunk_size
+
+    def refusals(self, structure: Structure) -> list[str]:
+        partial = [plate for plate in structure.subsampled if plate not in structure.common]
+        refused = super().refusals(structure)
+        for plate in partial:
+            outside = [name for name, site in structure.sites.items() if plate not in site.plates]
+            refused.append(
+                f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not enclose the site(s) "
+                f"{outside}: the scale {plate.scale:g} would enter the logarithm of {type(self).__name__}, which then "
+                "bounds nothing. Use a single-sample bound (TraceELBO, LayerwiseELBO), IWELBO(..., "
+                "share_globals=True) if there are latent sites inside of the plate, or the whole data set"
+            )
+        return refused
+
+    def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            return averaged(self._weights(model, guide, args, kwargs), self.reduce, self.num_repeats)
+
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The bound, and what tells how far to trust it; shape of the plates.
+
+        Returns:
+            ``bound`` (nats); ``reconstruction`` and ``rate_<site>``, whose difference is the ELBO of the same draws
+            (nats); ``ess``, the effective sample size of the K weights (between 1 and K); and
+            ``log_weight_variance`` (nats squared).
+        """
+        with torch.no_grad():
+            weights, parts, count = [], {}, 0
+            for chunk in self._chunks():
+                reading = read(model, guide, args, kwargs, num_particles=chunk)
+                self.check(reading.structure)
+                weights.append(reading.log_weights)
+                for name, term in layer_terms(reading).items():
+                    summed = term.expand_as(reading.log_weights).sum(0)
+                    parts[name] = parts[name] + summed if name in parts else summed
+                count += chunk
+            drawn = torch.cat(weights)
+            grouped = fold(drawn, self.num_repeats)
+            ess = torch.exp(2 * grouped.logsumexp(0) - (2 * grouped).logsumexp(0))
+            return {
+                "bound": averaged(drawn, self.reduce, self.num_repeats),
+                **{name: term / count for name, term in parts.items()},
+                "ess": ess if self.num_repeats == 1 else ess.mean(0),
+                "log_weight_variance": drawn.var(0) if count > 1 else torch.zeros_like(drawn[0]),
+            }
+
+    def _chunks(self) -> list[int]:
+        whole, rest = divmod(self.num_draws, self.chunk_size)
+        return [self.chunk_size] * whole + [rest] * (rest > 0)
+
+    def _weights(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        parts = []
+        for chunk in self._chunks():
+            reading = read(model, guide, args, kwargs, num_particles=chunk)
+            self.check(reading.structure)
+            parts.append(reading.log_weights)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class IWELBO(MultiSampleBound):
+    r"""Importance-weighted bound :math:`\log\frac1K\sum_k w_k` per datum.
+
+    A lower bound on log p(x) in expectation that tightens with K; its gap falls as chi2(p||q)/(2K).
+
+    Args:
+        num_particles: K >= 1.
+        gradient: ``"pathwise"``; ``"dreg"``, whose signal-to-noise ratio for the guide does not fall with K;
+            ``"stl"``, biased for K > 1; ``"vimco"`` where a site has no reparameterised draws.
+        num_repeats: M >= 1 independent bounds that are averaged, at a cost of M K draws.
+        share_globals: draw the latents outside of the data plate once and weigh only the local ones,
+            :math:`\log p(g)-\log q(g) + \frac NB\sum_n\log\frac1K\sum_k w_{nk}(g)`: unbiased under minibatches, and
+            valid where the local draws are independent given g.  ``per_datum`` then has the local part.
+        chunk_size: how many particles run at once where no gradient is asked for.
+
+    Raises:
+        ValueError: for counts below one, an unknown gradient, or a subsampled plate that does not enclose all sites.
+
+    Reference:
+        Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016); Tighter Variational Bounds are
+        Not Necessarily Better (Rainforth et al., 2018) for ``num_repeats``.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
+        >>> _ = torch.manual_seed(0)
+        >>> IWELBO(num_particles=1000).per_datum(model, guide, torch.tensor([0.0, 2.0])).round(decimals=1)
+        tensor([-1.3000, -2.3000])
+    """
+
+    gradients = ("pathwise", "stl", "dreg", "vimco")
+
+    def __init__(
+        self,
+        num_particles: int,
+        gradient: str = "pathwise",
+        *,
+        num_repeats: int = 1,
+        share_globals: bool = False,
+        chunk_size: int = 256,
+    ) -> None:
+        super().__init__(num_particles, gradient, chunk_size=chunk_size)
+        if num_repeats < 1:
+            raise ValueError(f"num_repeats must be at least 1, got {num_repeats}")
+        if share_globals and gradient != "pathwise":
+            raise ValueError(f"share_globals has the gradient 'pathwise' alone, got {gradient!r}")
+        self.num_repeats = num_repeats
+        self.share_globals = share_globals
+
+    @property
+    def num_draws(self) -> int:
+        return self.num_particles * self.num_repeats
+
+    def _arguments(self) -> dict[str, Any]:
+        shown = super()._arguments()
+        if self.num_repeats > 1:
+            shown["num_repeats"] = self.num_repeats
+        return shown | ({"share_globals": True} if self.share_globals else {})
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        return log_weights.logsumexp(0) - math.log(log_weights.shape[0])
+
+    def refusals(self, structure: Structure) -> list[str]:
+        if not self.share_globals:
+            return super().refusals(structure)
+        local = _data_plate(structure)
+        if local is None:
+            return ["share_globals=True needs a plate around some of the latent sites; there is none in this pair"]
+        kept = _local_plates(structure, local)
+        return [
+            f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not enclose every site of "
+            f"plate '{local.name}': its scale would enter a logarithm"
+            for plate in structure.subsampled
+            if plate not in kept
+        ]
+
+    def treatment(self, name: str, structure: Structure, dependencies: Any) -> Treatment:
+        treatment = super().treatment(name, structure, dependencies)
+        local = _data_plate(structure) if self.share_globals else None
+        if local is not None and local not in structure.sites[name].plates:
+            return Treatment(treatment.how, "drawn once, outside of the weights (share_globals)", treatment.gradient)
+        return treatment
+
+    def estimate(
+        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[Estimate, Reading]:
+        if not self.share_globals:
+            return super().estimate(model, guide, args, kwargs)
+        reading = self.read(model, guide, args, kwargs, once=_globals)
+        self.check(reading.structure)
+        local = _data_plate(reading.structure)
+        assert local is not None
+        _check_local(model, guide, args, kwargs, reading.structure, local)
+        shared = reading.over(())
+        inside = reading.over(_local_plates(reading.structure, local))
+        total: Any = 0.0
+        for terms, sign in ((shared.log_p, 1.0), (shared.log_q, -1.0)):
+            for name in terms:
+                if local not in reading.structure.sites[name].plates:
+                    total = total + sign * terms[name].mean()
+        weights: Any = 0.0
+        for terms, sign in ((inside.log_p, 1.0), (inside.log_q, -1.0)):
+            for name in terms:
+                if local in reading.structure.sites[name].plates:
+                    weights = weights + sign * terms[name]
+        value = averaged(weights, self.reduce, self.num_repeats)
+        return Estimate(value, value, inside.scale, shared=total), inside
+
+    def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.share_globals:
+            return super().per_datum(model, guide, *args, **kwargs)
+        with torch.no_grad():
+            return self.estimate(model, guide, args, kwargs)[0].value
+
+
+def _data_plate(structure: Structure) -> Plate | None:
+    """The plate that makes latents local: the outermost of those around some latent sites and not around others."""
+    counts: dict[Plate, int] = {}
+    for name in structure.drawn:
+        for plate in structure.sites[name].plates:
+            counts[plate] = counts.get(plate, 0) + 1
+    partial = {plate: count for plate, count in counts.items() if count < len(structure.drawn)}
+    return max(partial, key=lambda plate: partial[plate]) if partial else None
+
+
+def _local_plates(structure: Structure, local: Plate) -> tuple[Plate, ...]:
+    stacks = [set(site.plates) for site in structure.sites.values() if local in site.plates]
+    common = set.intersection(*stacks)
+    return tuple(sorted((plate for plate in common if plate.dim is not None), key=lambda plate: plate.dim or 0))
+
+
+def _globals(structure: Structure) -> frozenset[str]:
+    local = _data_plate(structure)
+    return frozenset(name for name, site in structure.sites.items() if local not in site.plates)
+
+
+def _check_local(
+    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], structure: Structure, local: Plate
+) -> None:
+    """Refuse a pair in which a site outside of the data plate depends on a draw inside of it."""
+    found = dependencies_of(model, guide, args, kwargs, structure).dependencies
+    inner = {name for name in structure.drawn if local in structure.sites[name].plates}
+    for edges in (found.model, found.guide):
+        for name, parents in edges.items():
+            if local not in structure.sites[name].plates and parents & inner:
+                raise ValueError(
+                    f"site '{name}' stands outside of plate '{local.name}' and depends on {sorted(parents & inner)} inside "
+                    "of it, so the data are not independent given the global draws: share_globals=True is no bound here"
+                )
+
+
+class VRBound(MultiSampleBound):
+    r"""Variational Rényi bound :math:`\frac1{1-\alpha}\log\frac1K\sum_k w_k^{1-\alpha}` per datum.
+
+    Between the importance-weighted bound (alpha = 0) and, for alpha towards 1, the ELBO; for alpha above 1 it lies
+    below the ELBO.  At equal K, and on the same draws, it falls with alpha.
+
+    Args:
+        alpha: 0 <= alpha, not 1.
+        num_particles: K >= 1.
+        gradient: ``"pathwise"``, or ``"score"`` where a site has no reparameterised draws.
+
+    Raises:
+        ValueError: for ``alpha < 0`` or ``alpha == 1`` (use :class:`TraceELBO`), or as :class:`IWELBO`.
+
+    Reference:
+        Rényi Divergence Variational Inference (Li and Turner, 2016).
+
+    Example:
+        >>> VRBound(alpha=0.5, num_particles=8)
+        VRBound(alpha=0.5, num_particles=8, gradient='pathwise')
+    """
+
+    gradients = ("pathwise", "score")
+
+    def __init__(
+        self, alpha: float, num_particles: int, gradient: str = "pathwise", *, chunk_size: int = 256
+    ) -> None:
+        if alpha == 1:
+            raise ValueError("VRBound has no alpha = 1; its limit there is the ELBO: use TraceELBO")
+        if not (0 <= alpha < math.inf):
+            raise ValueError(
+                f"alpha must be finite and at least 0 for a lower bound, got {alpha}; an estimate from above is CUBO"
+            )
+        super().__init__(num_particles, gradient, chunk_size=chunk_size)
+        self.alpha = float(alpha)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"alpha": self.alpha} | super()._arguments()
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        power = 1.0 - self.alpha
+        return ((power * log_weights).logsumexp(0) - math.log(log_weights.shape[0])) / power
+
+
+class ThermodynamicBound(MultiSampleBound):
+    r"""Thermodynamic variational bound: a left Riemann sum of the path from guide to posterior.
+
+    .. math:: \log p(x) = \int_0^1 \mathrm E_{\pi_\beta}[\log w]\,d\beta
+              \ge \sum_j (\beta_{j+1}-\beta_j)\,\mathrm E_{\pi_{\beta_j}}[\log w],
+              \qquad \pi_\beta \propto q^{1-\beta}\,p^{\beta},
+
+    each expectation from the same K draws with weights :math:`w^{\beta_j}`, self-normalised.  On every set of draws
+    it lies between their ELBO and their importance-weighted bound.
+
+    Args:
+        num_particles: K >= 1.
+        betas: increasing, from 0, below 1 (a closing 1.0 may be given); or the number of equal steps.
+            :func:`log_spacing` gives the spacing that the paper prefers.
+        gradient: ``"pathwise"``, or ``"score"`` where a site has no reparameterised draws.
+
+    Raises:
+        ValueError: for betas that do not start at 0, do not increase, or leave [0, 1]; or as :class:`IWELBO`.
+
+    Reference:
+        The Thermodynamic Variational Objective (Masrani, Le and Wood, 2019).
+
+    Example:
+        >>> ThermodynamicBound(num_particles=4, betas=2).betas
+        (0.0, 0.5)
+    """
+
+    gradients = ("pathwise", "score")
+
+    def __init__(
+        self,
+        num_particles: int,
+        betas: int | Sequence[float],
+        gradient: str = "pathwise",
+        *,
+        chunk_size: int = 256,
+    ) -> None:
+        super().__init__(num_particles, gradient, chunk_size=chunk_size)
+        if isinstance(betas, int):
+            if betas < 1:
+                raise ValueError(f"the number of temperatures must be at least 1, got {betas}")
+            points = tuple(j / betas for j in range(betas))
+        else:
+            points = tuple(float(beta) for beta in betas)
+            points = points[:-1] if points and points[-1] == 1.0 else points
+        if not points or points[0] != 0.0 or points[-1] >= 1.0 or any(b <= a for a, b in zip(points, points[1:])):
+            raise ValueError(f"betas must start at 0, increase strictly and stay below 1, got {betas}")
+        self.betas = points
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"num_particles": self.num_particles, "betas": self.betas, "gradient": self.gradient}
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        total = log_weights.new_zeros(log_weights.shape[1:])
+        for beta, following in zip(self.betas, (*self.betas[1:], 1.0), strict=True):
+            total = total + (following - beta) * ((beta * log_weights).softmax(0) * log_weights).sum(0)
+        return total
+
+
+def log_spacing(num_betas: int, first: float = 0.025) -> tuple[float, ...]:
+    """Temperatures 0, ``first``, ... evenly spaced in log beta up to (and without) 1.
+
+    Args:
+        num_betas: how many temperatures, at least 2.
+        first: the smallest above 0, in (0, 1).
+
+    Raises:
+        ValueError: for values outside of these ranges.
+
+    Example:
+        >>> log_spacing(3, first=0.25)
+        (0.0, 0.25, 0.5)
+    """
+    if num_betas < 2 or not 0.0 < first < 1.0:
+        raise ValueError(f"need num_betas >= 2 and 0 < first < 1, got {num_betas} and {first}")
+    steps = num_betas - 1
+    return (0.0, *(first ** (1 - j / steps) for j in range(steps)))

@@ -1,0 +1,444 @@
+"""Run a pair of programs, vectorised over particles, and reduce its traces to log-weights per datum."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from pyro_hvae.traces.enumeration import enumerated, marginalise
+from pyro_hvae.traces.parameters import frozen, trainable
+from pyro_hvae.traces.structure import PARTICLES, Plate, Structure, sample_sites, signature, structure_of, user_scale
+from pyro_hvae.traces.validation import check_particles, check_values
+
+__all__ = ["Reading", "isolated", "log_joint", "log_weights", "read", "run_pair", "structure"]
+
+Program = Callable[..., Any]
+
+
+class _Particles(Messenger):
+    """Put every site, except those named in ``once``, into a leftmost plate of ``num_particles``."""
+
+    def __init__(self, num_particles: int, dim: int, once: frozenset[str]) -> None:
+        super().__init__()
+        self.frame = CondIndepStackFrame(PARTICLES, dim, num_particles, 0, num_particles)
+        self.once = once
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.once and not site_is_subsample(msg):
+            msg["cond_indep_stack"] = (self.frame,) + msg["cond_indep_stack"]
+            BroadcastMessenger._pyro_sample(msg)
+
+
+class Reading:
+    """One run of a pair, reduced on demand.
+
+    Tensors have shape ``(K, *plates)``: particles, then the plates common to all sites (``(K,)`` if there are
+    none).  Values are in nats.  Gradients flow to the parameters and through the draws, unless the run was made
+    under :func:`torch.no_grad`.
+    """
+
+    def __init__(
+        self,
+        model_trace: Trace,
+        guide_trace: Trace,
+        structure: Structure,
+        num_particles: int,
+        rerun: Callable[..., tuple[Trace, Trace]],
+        plates: tuple[Plate, ...] | None = None,
+    ) -> None:
+        self.model_trace = model_trace
+        self.guide_trace = guide_trace
+        self.structure = structure
+        self.num_particles = num_particles
+        self.plates = structure.common if plates is None else plates
+        self._rerun = rerun
+
+    @property
+    def scale(self) -> float:
+        """N/B of the plates that a datum indexes: what multiplies the sum over the data, outside of the weights."""
+        scale = 1.0
+        for plate in self.plates:
+            scale *= plate.scale
+        return scale
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        """What the guide drew; a leading dimension of size K where ``num_particles`` is above one."""
+        drawn = set(self.structure.drawn)
+        return {site["name"]: site["value"] for site in sample_sites(self.guide_trace) if site["name"] in drawn}
+
+    @cached_property
+    def log_p(self) -> Mapping[str, Tensor]:
+        """log p of each site of the model, given its parents; evaluated when looked up."""
+        if any(site.role == "enumerated" for site in self.structure.sites.values()):
+            return marginalise(self.model_trace, self.structure, self.reduce, self.plates)
+        return _SiteTerms(self, self.model_trace)
+
+    @cached_property
+    def log_q(self) -> Mapping[str, Tensor]:
+        """log q of each site of the guide, given its parents; evaluated when looked up."""
+        return _SiteTerms(self, self.guide_trace)
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        """log p(x, z) - log q(z|x), shape ``(K, *plates)``."""
+        return self._total(self.log_p) - self._total(self.log_q)
+
+    def log_prob(self, site: dict[str, Any]) -> Tensor:
+        """Log-density of one site of a trace: user scale and masks in, scale of the datum's plates out."""
+        if site["mask"] is False:
+            return self._zero(site)
+        return self.weigh(site, site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
+
+    def weigh(self, site: dict[str, Any], value: Tensor) -> Tensor:
+        """Apply a site's mask and scales to a tensor of its batch shape, and reduce it."""
+        outside = tuple(plate for plate in self.plates if plate.subsampled and _encloses(plate, site))
+        scale = user_scale(site, outside)
+        if site["mask"] is not None or not (isinstance(scale, float) and scale == 1.0):
+            value = scale_and_mask(value, scale, site["mask"])
+        return self.reduce(value)
+
+    def _zero(self, site: dict[str, Any]) -> Tensor:
+        value = site["value"]
+        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        return torch.zeros((1,) * (len(self.plates) + 1), dtype=dtype, device=value.device)
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """Sum a tensor of batch shape over all dimensions but the particles' and the datum's plates."""
+        particles = self.num_particles > 1
+        rank = self.structure.max_plate_nesting + particles
+        if value.dim() < rank:
+            value = value.reshape((1,) * (rank - value.dim()) + value.shape)
+        keep = {plate.dim for plate in self.plates} | ({-rank} if particles else set())
+        dims = [dim for dim in range(-value.dim(), 0) if dim not in keep]
+        if dims:
+            value = value.sum(dims)
+        return value if particles else value.unsqueeze(0)
+
+    def score_log_q(self) -> Tensor | None:
+        """Sum of log q over the sites that can't be reparameterised, in no scale at all; None if there is none.
+
+        It is the density that a score-function gradient differentiates, so neither a plate's nor a user's scale
+        belongs in it.
+        """
+        total = None
+        for site in sample_sites(self.guide_trace):
+            if site["is_observed"] or site["fn"].has_rsample:
+                continue
+            term = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            if site["mask"] is not None:
+                term = scale_and_mask(term, 1.0, site["mask"])
+            term = self.reduce(term)
+            total = term if total is None else total + term
+        return total
+
+    def replay(self, *, freeze: bool, detach: bool) -> Reading:
+        """Evaluate both programs again on the same draws.
+
+        Args:
+            freeze: stop the gradient at the parameters of model and guide; the paths from layer to layer stay.
+            detach: stop the gradient at the draws.
+        """
+        model_trace, guide_trace = self._rerun(self.guide_trace, freeze=freeze, detach=detach)
+        return Reading(model_trace, guide_trace, self.structure, self.num_particles, self._rerun, self.plates)
+
+    def over(self, plates: tuple[Plate, ...]) -> Reading:
+        """The same run, with ``plates`` as the data."""
+        return Reading(
+            self.model_trace, self.guide_trace, self.structure, self.num_particles, self._rerun, plates
+        )
+
+    def _total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        total = None
+        for term in terms.values():
+            total = term if total is None else total + term
+        if total is None:  # a program without sample sites of its own, such as an empty guide
+            total = next(iter(self.log_p.values())).new_zeros((1,) * (len(self.plates) + 1))
+        shape = (self.num_particles, *(plate.size for plate in self.plates))
+        return total if total.shape == shape else total.expand(shape)
+
+
+class _SiteTerms(Mapping[str, Tensor]):
+    """The log-densities of a trace's sites, each computed once, when it is asked for."""
+
+    def __init__(self, reading: Reading, trace: Trace) -> None:
+        self._reading = reading
+        self._sites = {site["name"]: site for site in sample_sites(trace)}
+        self._terms: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._terms:
+            self._terms[name] = self._reading.log_prob(self._sites[name])
+        return self._terms[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+def _encloses(plate: Plate, site: dict[str, Any]) -> bool:
+    return any(frame.dim == plate.dim and frame.size == plate.size for frame in site["cond_indep_stack"])
+
+
+def read(
+    model: Program,
+    guide: Program,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_particles: int = 1,
+    once: Callable[[Structure], frozenset[str]] | None = None,
+) -> Reading:
+    """Run the guide, replay the model on its draws, and return the :class:`Reading`.
+
+    All particles run at once, in a plate to the left of the programs' own.  The first run of a pair on arguments
+    of new shapes is preceded by a checked one, with Pyro's validation on and the generator's state restored;
+    later runs validate nothing and never wait for the device.
+
+    Args:
+        model, guide: Pyro programs, functions or modules.
+        args, kwargs: what both are called with.
+        num_particles: K >= 1.
+        once: from the structure of the pair, the names of the sites to draw once, without a particle dimension.
+
+    Raises:
+        ValueError: if the two programs do not fit each other, a site's shape does not fit its plates, or an
+            observed value is not finite or outside of its distribution's support.
+    """
+    kwargs = {} if kwargs is None else dict(kwargs)
+    check_particles(num_particles)
+    found = structure(model, guide, args, kwargs)
+    single = frozenset() if once is None else once(found)
+
+    def execute(draws: Trace | None = None, *, freeze: bool = False, detach: bool = False) -> tuple[Trace, Trace]:
+        run_model, run_guide = model, guide
+        if any(site.role == "enumerated" for site in found.sites.values()):
+            run_model = enumerated(run_model, found, num_particles)
+        if num_particles > 1:
+            particles = _Particles(num_particles, -found.max_plate_nesting - 1, single)
+            run_model, run_guide = particles(run_model), particles(run_guide)
+        with frozen(trainable(model, guide, draws)) if freeze else _as_it_is():
+            return run_pair(run_model, run_guide, args, kwargs, draws=draws, detach=detach)
+
+    with pyro.validation_enabled(False):
+        model_trace, guide_trace = execute()
+    found = _current(found, model_trace, guide_trace, model, guide)
+
+    def rerun(draws: Trace, *, freeze: bool, detach: bool) -> tuple[Trace, Trace]:
+        with pyro.validation_enabled(False):
+            return execute(draws, freeze=freeze, detach=detach)
+
+    return Reading(model_trace, guide_trace, found, num_particles, rerun)
+
+
+def run_pair(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    draws: Trace | None = None,
+    detach: bool = False,
+) -> tuple[Trace, Trace]:
+    """The traces of model and guide; with ``draws``, the guide is replayed on them instead of drawing anew."""
+    if draws is not None:
+        if detach:
+            draws = draws.copy()
+            for site in sample_sites(draws):
+                draws.nodes[site["name"]] = {**site, "value": site["value"].detach()}
+        guide = poutine.replay(guide, trace=draws)
+    handler = poutine.unwrap(guide)
+    if isinstance(handler, Messenger):  # a guide written as an effect handler around the model
+        guide(*args, **kwargs)
+        return handler.get_traces()
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    return model_trace, guide_trace
+
+
+def log_weights(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1,
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    r"""Log-weights :math:`\log p(x_n, z_{kn}) - \log q(z_{kn}|x_n)` of ``num_particles`` draws, without gradient.
+
+    Args:
+        num_particles: K >= 1.
+        chunk_size: how many particles run at once; all of them by default.  Memory grows with it, the result
+            does not depend on it but for the order of the random numbers.
+
+    Returns:
+        Tensor of shape ``(K, *plates)`` in nats.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> log_weights(model, model, num_particles=3)
+        tensor([0., 0., 0.])
+    """
+    check_particles(num_particles)
+    size = num_particles if chunk_size is None else chunk_size
+    if size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    chunks = []
+    with torch.no_grad():
+        for start in range(0, num_particles, size):
+            count = min(size, num_particles - start)
+            chunks.append(read(model, guide, args, kwargs, num_particles=count).log_weights)
+    return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+
+
+def log_joint(
+    model: Program,
+    values: Mapping[str, Tensor],
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    plates: tuple[Plate, ...],
+    max_plate_nesting: int,
+    num_particles: int,
+) -> dict[str, Tensor]:
+    """log p of each site of the model at given latent values, each of shape ``(K, *plates)``, gradients live.
+
+    Args:
+        values: for each latent site its value, with K as the leftmost batch dimension.
+        plates: the plates that a datum indexes; what they scale stays out, as in a :class:`Reading`.
+        max_plate_nesting: how many plate dimensions the model has, without the particles'.
+
+    Raises:
+        ValueError: if a latent site of the model is not among ``values``.
+    """
+    kwargs = {} if kwargs is None else kwargs
+    draws = Trace()
+    for name, value in values.items():
+        draws.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
+    run = model if num_particles == 1 else _Particles(num_particles, -max_plate_nesting - 1, frozenset())(model)
+    with pyro.validation_enabled(False):
+        trace = poutine.trace(poutine.replay(run, trace=draws)).get_trace(*args, **kwargs)
+    missing = [s["name"] for s in sample_sites(trace) if not s["is_observed"] and s["name"] not in values]
+    if missing:
+        raise ValueError(f"no value was given for the model's latent sites {missing}; given: {sorted(values)}")
+    found = Structure({}, plates, (), max_plate_nesting, ())
+
+    def no_rerun(*_: Any, **__: Any) -> tuple[Trace, Trace]:
+        raise RuntimeError("a log joint has no guide to replay")
+
+    reading = Reading(trace, Trace(), found, num_particles, no_rerun)
+    return {site["name"]: reading.log_prob(site) for site in sample_sites(trace)}
+
+
+class _Programs:
+    """What is known of a pair, kept as long as both programs live."""
+
+    def __init__(self) -> None:
+        self.by_arguments: dict[Any, Structure] = {}
+        self.by_signature: dict[tuple, Structure] = {}
+        self.checked_routes: set[Any] = set()
+        self.dependencies: dict[tuple, Any] = {}
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[Any, _Programs]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def known(model: Program, guide: Program) -> _Programs:
+    """The cache of a pair; a new one at each call for programs that can't be referred to weakly."""
+    model_owner, guide_owner = getattr(model, "__self__", model), getattr(guide, "__self__", guide)
+    try:
+        by_guide = _KNOWN.setdefault(model_owner, weakref.WeakKeyDictionary())
+        by_method = by_guide.setdefault(guide_owner, {})
+    except TypeError:
+        return _Programs()
+    key = (getattr(model, "__func__", None), getattr(guide, "__func__", None))
+    return by_method.setdefault(key, _Programs())
+
+
+def structure(
+    model: Program, guide: Program, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+) -> Structure:
+    """The :class:`Structure` of a pair; found by one checked run for arguments of new shapes, then remembered."""
+    kwargs = {} if kwargs is None else kwargs
+    cache = known(model, guide)
+    key = _argument_key(args, kwargs)
+    found = cache.by_arguments.get(key)
+    if found is None:
+        with isolated(model, guide):
+            model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+        found = structure_of(model_trace, guide_trace)
+        check_values(model_trace, guide_trace)
+        cache.by_arguments[key] = cache.by_signature[found.signature] = found
+    return found
+
+
+def _current(
+    found: Structure, model_trace: Trace, guide_trace: Trace, model: Program, guide: Program
+) -> Structure:
+    """The structure of the run that was made, which control flow may have made another than the one probed."""
+    names = tuple(s["name"] for s in sample_sites(model_trace)), tuple(s["name"] for s in sample_sites(guide_trace))
+    if names == tuple(tuple(entry[0] for entry in part) for part in found.signature):
+        return found
+    cache = known(model, guide)
+    key = signature(model_trace, guide_trace)
+    if key not in cache.by_signature:
+        cache.by_signature[key] = structure_of(model_trace, guide_trace)
+    return cache.by_signature[key]
+
+
+def _argument_key(args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+    leaves, spec = tree_flatten((args, dict(kwargs)))
+    return (str(spec) if kwargs else len(leaves), *map(_leaf_key, leaves))
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf)
+    return leaf
+
+
+@contextmanager
+def isolated(*programs: Program) -> Iterator[None]:
+    """Run programs for a look: generators are restored, and outer handlers see nothing.
+
+    Running statistics of batch norm are restored too.
+    """
+    buffers = [
+        buffer for program in programs if isinstance(program, torch.nn.Module) for buffer in program.buffers()
+    ]
+    kept = [buffer.clone() for buffer in buffers]
+    with torch.random.fork_rng(), poutine.block():
+        yield
+    with torch.no_grad():
+        for buffer, value in zip(buffers, kept, strict=True):
+            buffer.copy_(value)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
