@@ -116,7 +116,7 @@ class LayerwiseELBO(Bound):
 
     def estimate(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Estimate, Reading]:
         reading = self.read(model, guide, args, kwargs)
-        terms = layer_terms(reading, self._divergences(model, guide, args, kwargs, reading))
+        terms = layer_terms(reading, self.divergences(model, guide, args, kwargs, reading))
         total = None
         for name, term in terms.items():
             signed = term if name == "reconstruction" else -term
@@ -129,7 +129,7 @@ class LayerwiseELBO(Bound):
         """``reconstruction``, and ``kl_<site>`` or ``rate_<site>`` for each draw; nats, shape of the plates."""
         with torch.no_grad():
             reading = self.read(model, guide, args, kwargs)
-            return _means(layer_terms(reading, self._divergences(model, guide, args, kwargs, reading)), reading)
+            return _means(layer_terms(reading, self.divergences(model, guide, args, kwargs, reading)), reading)
 
     def treatment(self, name: str, structure: Structure, dependencies: Dependencies) -> Treatment:
         site = structure.sites[name]
@@ -147,7 +147,7 @@ class LayerwiseELBO(Bound):
             "analytic", f"KL({site.guide_distribution} || {site.model_distribution}), if registered", "pathwise"
         )
 
-    def _divergences(
+    def divergences(
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], reading: Reading
     ) -> dict[str, Tensor]:
         """KL divergences where they are valid and known in closed form."""

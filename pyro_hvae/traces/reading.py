@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -227,25 +227,32 @@ def read(
     found = structure(model, guide, args, kwargs)
     single = frozenset() if once is None else once(found)
 
-    def execute(draws: Trace | None = None, *, freeze: bool = False, detach: bool = False) -> tuple[Trace, Trace]:
+    return _executed(model, guide, args, kwargs, found, num_particles, single)
+
+
+def _executed(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    found: Structure,
+    num_particles: int,
+    once: frozenset[str],
+    draws: Trace | None = None,
+) -> Reading:
+    def execute(draws: Trace | None, *, freeze: bool = False, detach: bool = False) -> tuple[Trace, Trace]:
         run_model, run_guide = model, guide
         if any(site.role == "enumerated" for site in found.sites.values()):
             run_model = enumerated(run_model, found, num_particles)
         if num_particles > 1:
-            particles = _Particles(num_particles, -found.max_plate_nesting - 1, single)
+            particles = _Particles(num_particles, -found.max_plate_nesting - 1, once)
             run_model, run_guide = particles(run_model), particles(run_guide)
-        with frozen(trainable(model, guide, draws)) if freeze else _as_it_is():
+        with pyro.validation_enabled(False), frozen(trainable(model, guide, draws)) if freeze else nullcontext():
             return run_pair(run_model, run_guide, args, kwargs, draws=draws, detach=detach)
 
-    with pyro.validation_enabled(False):
-        model_trace, guide_trace = execute()
+    model_trace, guide_trace = execute(draws)
     found = _current(found, model_trace, guide_trace, model, guide)
-
-    def rerun(draws: Trace, *, freeze: bool, detach: bool) -> tuple[Trace, Trace]:
-        with pyro.validation_enabled(False):
-            return execute(draws, freeze=freeze, detach=detach)
-
-    return Reading(model_trace, guide_trace, found, num_particles, rerun)
+    return Reading(model_trace, guide_trace, found, num_particles, execute)
 
 
 def run_pair(
@@ -271,6 +278,49 @@ def run_pair(
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     return model_trace, guide_trace
+
+
+def given(
+    model: Program,
+    guide: Program,
+    values: Mapping[str, Tensor],
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Reading:
+    """Read a pair at given draws instead of the guide's own.
+
+    Args:
+        values: for every site that the guide draws, S values on the leftmost dimension, or one without it.
+
+    Raises:
+        ValueError: if a drawn site has no value, or their numbers of draws differ.
+    """
+    kwargs = {} if kwargs is None else dict(kwargs)
+    found = structure(model, guide, args, kwargs)
+    missing = sorted(set(found.drawn) - set(values))
+    if missing:
+        raise ValueError(f"no value was given for site(s) {missing} that the guide draws; given: {sorted(values)}")
+    with isolated(model, guide):
+        _, draws = run_pair(model, guide, args, kwargs)
+    counts = set()
+    for name in found.drawn:
+        node, value = draws.nodes[name], values[name]
+        extra = value.dim() - node["value"].dim()
+        particle_dim = found.max_plate_nesting + node["fn"].event_dim + 1
+        if extra > 0:
+            counts.add(value.shape[0])
+            value = value.reshape(value.shape[0], *(1,) * (particle_dim - value.dim()), *value.shape[1:])
+        else:
+            counts.add(1)
+        draws.nodes[name] = {**node, "value": value}
+    if len(counts) > 1:
+        raise ValueError(f"sites come with different numbers of draws: {sorted(counts)}")
+    count = counts.pop() if counts else 1
+    if count == 1:
+        for name in found.drawn:
+            node = draws.nodes[name]
+            node["value"] = node["value"].reshape(node["fn"].shape())
+    return _executed(model, guide, args, kwargs, found, count, frozenset(), draws)
 
 
 def log_weights(
@@ -437,8 +487,3 @@ def isolated(*programs: Program) -> Iterator[None]:
     with torch.no_grad():
         for buffer, value in zip(buffers, kept, strict=True):
             buffer.copy_(value)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
