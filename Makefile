@@ -1,0 +1,46 @@
+# Each target makes .venv by itself when it is missing or older than the files that define it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := MPLBACKEND=Agg
+TORCH := torch==2.13.0
+
+.PHONY: demo test test-slow coverage lint docs bench install clean
+.DEFAULT_GOAL := test
+
+# torch is named first so that pip takes the wheel meant for this machine before anything else asks for torch.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) $(BIN)/pyro-hvae demo
+
+test: $(STAMP)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(STAMP)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+
+coverage: $(STAMP)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" --cov --cov-report=term-missing
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build
