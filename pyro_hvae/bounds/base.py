@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_hvae.bounds.gradients import GRADIENTS, averaged
 from pyro_hvae.traces import Reading, Structure, read
 from pyro_hvae.traces.parameters import check_trained, make_registrable
-from pyro_hvae.traces.reading import known
+from pyro_hvae.traces.reading import known, unregistered
 from pyro_hvae.traces.validation import check_particles
 
 __all__ = ["Bound", "Estimate", "Objective", "Treatment", "WeightBound"]
@@ -49,6 +49,16 @@ class Treatment:
     gradient: str
 
 
+class ObjectiveModule(ELBOModule):
+    """An objective and its pair as a module: parameters are the pair's, the output is the loss."""
+
+    elbo: Objective
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with unregistered():
+            return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+
 class Objective(ELBO, metaclass=abc.ABCMeta):
     """Something to train a pair with: three entry points for Pyro, a module for torch.
 
@@ -77,7 +87,7 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
     def estimate(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Estimate, Reading]:
         """One run: the estimate and the reading it came from."""
 
-    def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
+    def __call__(self, model: nn.Module, guide: nn.Module) -> ObjectiveModule:
         """The objective of a pair of modules as a module: its parameters are theirs, its output the loss.
 
         Raises:
@@ -90,7 +100,7 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
                     "not hold its parameters; pass a module (a pyro.nn.PyroModule whose forward is the program), or "
                     "train by pyro.infer.SVI with this objective as its loss"
                 )
-        return ELBOModule(model, guide, self)
+        return ObjectiveModule(model, guide, self)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a 0-dim tensor (nats, summed over the data set), with its gradient."""

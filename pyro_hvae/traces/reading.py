@@ -5,13 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from contextvars import ContextVar
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -25,7 +27,7 @@ from pyro_hvae.traces.parameters import frozen, trainable
 from pyro_hvae.traces.structure import PARTICLES, Plate, Structure, sample_sites, signature, structure_of, user_scale
 from pyro_hvae.traces.validation import check_particles, check_values
 
-__all__ = ["Reading", "isolated", "log_joint", "log_weights", "read", "run_pair", "structure"]
+__all__ = ["Reading", "isolated", "log_joint", "log_weights", "read", "run_pair", "structure", "unregistered"]
 
 Program = Callable[..., Any]
 
@@ -241,7 +243,7 @@ def _executed(
     draws: Trace | None = None,
 ) -> Reading:
     def execute(draws: Trace | None, *, freeze: bool = False, detach: bool = False) -> tuple[Trace, Trace]:
-        run_model, run_guide = model, guide
+        run_model, run_guide = _bare(model), _bare(guide)
         if any(site.role == "enumerated" for site in found.sites.values()):
             run_model = enumerated(run_model, found, num_particles)
         if num_particles > 1:
@@ -253,6 +255,31 @@ def _executed(
     model_trace, guide_trace = execute(draws)
     found = _current(found, model_trace, guide_trace, model, guide)
     return Reading(model_trace, guide_trace, found, num_particles, execute)
+
+
+_REGISTER: ContextVar[bool] = ContextVar("register", default=True)
+
+
+@contextmanager
+def unregistered() -> Iterator[None]:
+    """Run modules without their ``pyro.param`` statements, which an optimiser over their parameters does not need.
+
+    Half of what Pyro adds to a small step is registering parameters in its store.  A module with random parameters
+    (``PyroSample``) is left to register, since its names are those of its sample sites.
+    """
+    token = _REGISTER.set(False)
+    try:
+        yield
+    finally:
+        _REGISTER.reset(token)
+
+
+def _bare(program: Program) -> Program:
+    """The program without registration, where that is asked for and changes nothing else."""
+    if _REGISTER.get() or not isinstance(program, PyroModule):
+        return program
+    random = any(isinstance(module, PyroModule) and module._pyro_samples for module in program.modules())
+    return program if random else partial(torch.nn.Module.__call__, program)
 
 
 def run_pair(

@@ -1,0 +1,211 @@
+"""What a reading says of a pair: plates, scales, weights; against sums written out by hand."""
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+
+import pyro_hvae as ph
+from pyro_hvae.traces import log_joint, log_weights, read, structure
+from pyro_hvae.traces.reading import given
+
+
+def normal(value, loc, scale):
+    return dist.Normal(torch.as_tensor(loc), torch.as_tensor(scale)).log_prob(value)
+
+
+def nested_model(x, size=None, inner=None):
+    """g; a_m ~ N(g, 1); x_mj ~ N(a_m, 2), with M on dimension -2 and J on dimension -1."""
+    g = pyro.sample("g", dist.Normal(x.new_zeros(()), 1.0))
+    rows = pyro.plate("rows", size or x.shape[0], subsample=torch.arange(x.shape[0]), dim=-2)
+    columns = pyro.plate("columns", inner or x.shape[1], subsample=torch.arange(x.shape[1]), dim=-1)
+    with rows:
+        a = pyro.sample("a", dist.Normal(g, 1.0))
+        with columns:
+            pyro.sample("x", dist.Normal(a, 2.0), obs=x)
+
+
+def nested_guide(x, size=None, inner=None):
+    g = pyro.sample("g", dist.Normal(x.new_tensor(0.2), 0.5))
+    with pyro.plate("rows", size or x.shape[0], subsample=torch.arange(x.shape[0]), dim=-2):
+        pyro.sample("a", dist.Normal(g + x.mean(-1, keepdim=True), 0.7))
+
+
+@pytest.mark.parametrize("num_particles", [1, 5])
+@pytest.mark.parametrize("size, inner", [(None, None), (12, None), (12, 20)])
+def test_weights_are_the_sums_written_out(num_particles, size, inner):
+    x = torch.randn(3, 4)
+    reading = read(nested_model, nested_guide, (x,), {"size": size, "inner": inner}, num_particles=num_particles)
+    g = reading.values["g"].reshape(-1)
+    a = reading.values["a"].reshape(num_particles, 3)
+    rows, columns = (size or 3) / 3, (inner or 4) / 4
+    expected = normal(g, 0.0, 1.0) - normal(g, 0.2, 0.5)
+    expected = expected + rows * (normal(a, g[:, None], 1.0) - normal(a, g[:, None] + x.mean(-1), 0.7)).sum(-1)
+    expected = expected + rows * columns * normal(x, a[..., None], 2.0).sum((-1, -2))
+    assert reading.structure.common == ()
+    assert reading.log_weights.shape == (num_particles,)
+    torch.testing.assert_close(reading.log_weights, expected)
+
+
+def test_common_plates_keep_their_scale_outside():
+    def model(x, size):
+        with pyro.plate("data", size, subsample=torch.arange(len(x))), poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, size):
+        with pyro.plate("data", size, subsample=torch.arange(len(x))), poutine.scale(scale=0.5):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    x = torch.randn(4)
+    reading = read(model, guide, (x, 40), num_particles=3)
+    z = reading.values["z"]
+    expected = 0.5 * (normal(z, 0.0, 1.0) + normal(x, z, 1.0) - normal(z, x / 2, 1.0))
+    assert reading.scale == 10.0
+    assert [plate.name for plate in reading.structure.common] == ["data"]
+    torch.testing.assert_close(reading.log_weights, expected)
+
+
+def test_a_guide_may_name_its_plate_otherwise():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("elsewhere", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    assert read(model, guide, (torch.randn(4),), num_particles=2).log_weights.shape == (2, 4)
+
+
+def test_a_joint_guide_leaves_no_common_plate():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = pyro.infer.autoguide.AutoMultivariateNormal(model)
+    x = torch.randn(4)
+    guide(x)
+    assert read(model, guide, (x,), num_particles=2).log_weights.shape == (2,)
+
+
+def test_chunks_change_nothing_but_the_draws():
+    def program():
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    weights = log_weights(program, program, num_particles=7, chunk_size=3)
+    torch.testing.assert_close(weights, torch.zeros(7))
+
+
+def test_log_joint_and_given_agree_with_the_densities():
+    x = torch.randn(3, 4)
+    values = {"g": torch.randn(5), "a": torch.randn(5, 3, 1)}
+    reading = given(nested_model, nested_guide, values, (x,))
+    g, a = values["g"], values["a"].squeeze(-1)
+    log_p = normal(g, 0.0, 1.0) + normal(a, g[:, None], 1.0).sum(-1) + normal(x, a[..., None], 2.0).sum((-1, -2))
+    log_q = normal(g, 0.2, 0.5) + normal(a, g[:, None] + x.mean(-1), 0.7).sum(-1)
+    torch.testing.assert_close(reading.log_weights, log_p - log_q)
+    placed = {"g": g.reshape(5, 1, 1), "a": values["a"]}
+    joint = log_joint(nested_model, placed, (x,), plates=(), max_plate_nesting=2, num_particles=5)
+    torch.testing.assert_close(sum(joint.values()), log_p)
+
+
+def test_structure_roles_and_order():
+    found = structure(nested_model, nested_guide, (torch.randn(3, 4),))
+    assert (found.latent, found.observed, found.auxiliary) == (("g", "a"), ("x",), ())
+    assert found.max_plate_nesting == 2
+
+
+def test_a_run_whose_control_flow_changed_is_read_as_it_ran():
+    switch = {"extra": False}
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            if switch["extra"]:
+                z = z + pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+            if switch["extra"]:
+                pyro.sample("u", dist.Normal(x / 2, 1.0))
+
+    x = torch.randn(4)
+    assert read(model, guide, (x,)).structure.latent == ("z",)
+    switch["extra"] = True
+    assert read(model, guide, (x,)).structure.latent == ("z", "u")
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (lambda x: None, r"the guide draws nothing for the model's \['a', 'g'\]"),
+        (
+            lambda x: (nested_guide(x), pyro.sample("extra", dist.Normal(x.new_zeros(()), 1.0))),
+            r"the model has no latent site \['extra'\]",
+        ),
+    ],
+)
+def test_sites_that_do_not_match_are_named(broken, message):
+    with pytest.raises(ValueError, match=message):
+        read(nested_model, broken, (torch.randn(3, 4),))
+
+
+def test_bad_observations_are_counted_and_located():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z[..., None].expand(-1, 3)).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+    grey = torch.zeros(4, 3)
+    grey[2, 1] = 0.25
+    with pytest.raises(ValueError, match=r"1 of 12 observed values at site 'x' lie outside .*Bernoulli.*\(2, 1\).*binarize"):
+        read(model, guide, (grey,))
+    broken = torch.zeros(4, 3)
+    broken[1:, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"3 of 12 observed values at site 'x' are NaN or infinite.*\(1, 0\)"):
+        read(model, guide, (broken,))
+
+
+def test_masked_entries_may_be_anything():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with poutine.mask(mask=torch.tensor([True, True, False])):
+                pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+    with pyro.validation_enabled(False):
+        read(model, guide, (torch.tensor([0.0, 1.0, 0.5]),))
+
+
+def test_a_shape_that_does_not_fit_its_plate():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(-1, 2), 1.0), obs=x[..., None].expand(-1, 2))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+    with pytest.raises(ValueError, match="x"):
+        read(model, guide, (torch.randn(4),))
+
+
+def test_no_particles():
+    for count in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="num_particles must be an integer of at least 1"):
+            ph.TraceELBO(num_particles=count)
