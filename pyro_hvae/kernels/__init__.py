@@ -1,0 +1,44 @@
+r"""Kernels: what a chain is made of, maps from a parent value to a distribution.
+
+A kernel is p(z | parent, context): any ``torch.nn.Module`` whose ``forward(parent, context=None)`` returns a
+Pyro distribution over one datum's event, with every leading dim of ``parent`` (particles, data) as a batch
+dim. The kernels here wrap a network ``net`` that turns the parent into the parameters of a family:
+
+.. math::
+    \mathrm{Gaussian:}\quad z \sim N(\mu, \operatorname{diag} \sigma^2),\qquad (\mu, r) =
+    \mathrm{net}(parent), \qquad \sigma = s_{min} + \operatorname{softplus}(r + c),\quad c: \sigma(0) = 1
+
+    \mathrm{LinearGaussian:}\quad z \sim N(W\,parent + b,\; S)
+
+**What the network is given.** Of ``parent`` and ``context``, those that are not ``None`` (the first kernel of
+a ``TopDown`` has no parent): one of them is passed as ``net(value)``; two are passed as ``net(parent,
+context)`` where the ``forward`` of ``net`` names two positional arguments, else joined on the last dim,
+``net(cat([parent, context], -1))``. A kernel that must not see the context is wrapped in
+:class:`WithoutContext`.
+
+**Events.** ``event_dim`` dims on the right belong to one datum. A network that yields two parameters a
+variable (``Gaussian``, ``NegativeBinomial``, ``DiscretizedLogistic``) yields them side by side along the
+*first event dim*: for vectors the last dim, 2d wide; for images with ``event_dim=3`` the channels.
+
+Networks must accept any number of leading dims. Nothing here checks that the values are finite: that costs a
+synchronisation a call, and is done once by whoever reads the traces.
+"""
+
+from pyro_hvae.kernels.base import Kernel, WithoutContext
+from pyro_hvae.kernels.discrete import Bernoulli, Categorical, NegativeBinomial, Poisson, Transition
+from pyro_hvae.kernels.flow import Flow
+from pyro_hvae.kernels.gaussian import Gaussian, LinearGaussian, StandardNormal
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Flow",
+    "Gaussian",
+    "Kernel",
+    "LinearGaussian",
+    "NegativeBinomial",
+    "Poisson",
+    "StandardNormal",
+    "Transition",
+    "WithoutContext",
+]

@@ -1,0 +1,182 @@
+"""Kernels over discrete values: binary, categorical, counts, and the table of a discrete Markov chain."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
+from pyro.ops.indexing import Vindex
+from torch import Tensor, nn
+
+from pyro_hvae.kernels.base import Kernel, halves
+
+__all__ = ["Bernoulli", "Categorical", "NegativeBinomial", "Poisson", "Transition"]
+
+
+class Bernoulli(Kernel):
+    """Independent Bernoulli variables with logits net(parent); values 0. and 1.
+
+    Args:
+        net: network to the logits (..., *event_shape).
+        event_dim: dims of one event.
+
+    Example:
+        >>> Bernoulli(nn.Linear(2, 4))(torch.zeros(3, 2)).event_shape
+        torch.Size([4])
+    """
+
+    def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
+        return dist.Bernoulli(logits=self.parameters_of(parent, context)).to_event(self.event_dim)
+
+
+class Categorical(Kernel):
+    """Independent categorical variables with logits from a network.
+
+    Args:
+        net: network to logits (..., *event_shape, C).
+        event_dim: dims of one event, not counting the categories: 0 is one variable a datum, with integer
+            values.
+        num_categories: C. If given, the network yields (..., d * C), read as (..., d, C) (or (..., C) when
+            ``event_dim=0``).
+        one_hot: values are one-hot vectors (..., *event_shape, C) of floats, which a next kernel's network
+            can take, instead of integers (..., *event_shape).
+        enumerate: mark the site for parallel enumeration (exact sums over a discrete latent). One variable a
+            datum only (``event_dim=0``): Pyro does not enumerate products.
+
+    Example:
+        >>> Categorical(nn.Linear(2, 3 * 5), num_categories=5)(torch.zeros(4, 2)).shape()
+        torch.Size([4, 3])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        event_dim: int = 1,
+        *,
+        num_categories: int | None = None,
+        one_hot: bool = False,
+        enumerate: bool = False,
+    ) -> None:
+        super().__init__(net, event_dim)
+        if num_categories is not None and num_categories < 1:
+            raise ValueError(f"num_categories must be >= 1, got {num_categories}.")
+        if enumerate and event_dim:
+            raise ValueError(
+                f"enumerate=True sums over one variable a datum, but event_dim={event_dim} makes a product "
+                "of them. Use event_dim=0, or one site a variable."
+            )
+        self.num_categories = num_categories
+        self.one_hot = one_hot
+        if enumerate:
+            self.infer = {"enumerate": "parallel"}
+
+    def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
+        logits = self.parameters_of(parent, context)
+        if self.num_categories is not None and self.event_dim:
+            logits = logits.unflatten(-1, (-1, self.num_categories))
+        family = dist.OneHotCategorical if self.one_hot else dist.Categorical
+        return family(logits=logits).to_event(self.event_dim)
+
+
+class Transition(Kernel):
+    """Discrete Markov kernel p(z = j | parent = i) = softmax(logits[i])_j, from a learnable table.
+
+    One integer-valued variable a datum (event_dim 0). With ``num_parents=None`` it is an initial
+    distribution: one row.
+
+    Args:
+        num_states: number of states J of this site.
+        num_parents: number of states I of the parent, or ``None``.
+        probs: starting table (I, J) or (J,), positive rows that sum to one; default uniform, up to noise of
+            sd 0.1 in the logits.
+        enumerate: mark the site for parallel enumeration: the sum over its states is then exact, as in the
+            forward algorithm. Leave it off for the observation.
+        learn: whether the table is a parameter or a constant.
+
+    Example:
+        >>> Transition(2, 3)(torch.tensor([0, 2, 1, 1])).probs.shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        num_states: int,
+        num_parents: int | None = None,
+        *,
+        probs: Tensor | None = None,
+        enumerate: bool = False,
+        learn: bool = True,
+    ) -> None:
+        super().__init__(None, 0)
+        shape = (num_states,) if num_parents is None else (num_parents, num_states)
+        if min(shape) < 1:
+            raise ValueError(f"numbers of states must be >= 1, got {shape}.")
+        if probs is None:
+            logits = 0.1 * torch.randn(shape)
+        elif probs.shape != shape:
+            raise ValueError(f"probs must have shape {shape}, got {tuple(probs.shape)}.")
+        else:
+            logits = probs.detach().log()
+        self.num_states, self.num_parents = num_states, num_parents
+        if learn:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits)
+        if enumerate:
+            self.infer = {"enumerate": "parallel"}
+
+    def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
+        logits = self.logits
+        if self.num_parents is not None:
+            if parent is None:
+                raise ValueError("Transition with num_parents can't begin a chain: it has no parent to look up.")
+            logits = Vindex(logits)[parent.long()]
+        return dist.Categorical(logits=logits)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_states}" if self.num_parents is None else f"{self.num_states}, {self.num_parents}"
+
+
+class Poisson(Kernel):
+    """Independent Poisson counts with rate softplus(net(parent)) + 1e-6.
+
+    Args:
+        net: network to (..., *event_shape).
+        event_dim: dims of one event.
+
+    Example:
+        >>> Poisson(nn.Linear(2, 4))(torch.zeros(3, 2)).event_shape
+        torch.Size([4])
+    """
+
+    def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
+        rate = F.softplus(self.parameters_of(parent, context)) + 1e-6
+        return dist.Poisson(rate).to_event(self.event_dim)
+
+
+class NegativeBinomial(Kernel):
+    """Independent negative binomial counts: r = softplus(a) + 1e-6 failures, success logits l; (a, l) = net.
+
+    The mean is r exp(l), the variance mean (1 + exp(l)): counts with more spread than :class:`Poisson`
+    allows.
+
+    Args:
+        net: network to a and l side by side along the first event dim.
+        event_dim: dims of one event, >= 1.
+
+    Example:
+        >>> NegativeBinomial(nn.Linear(2, 2 * 4))(torch.zeros(3, 2)).event_shape
+        torch.Size([4])
+    """
+
+    def __init__(self, net: nn.Module, event_dim: int = 1) -> None:
+        super().__init__(net, event_dim)
+        if event_dim < 1:
+            raise ValueError(
+                "NegativeBinomial needs event_dim >= 1: its two parameters stand along the first event dim."
+            )
+
+    def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
+        raw, logits = halves(self, self.parameters_of(parent, context))
+        return dist.NegativeBinomial(F.softplus(raw) + 1e-6, logits=logits).to_event(self.event_dim)
