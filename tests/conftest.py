@@ -8,7 +8,6 @@ import torch
 def _double(_clean_pyro):
     """Make float64 the default dtype for one test; `_clean_pyro` puts the former one back."""
     torch.set_default_dtype(torch.float64)
-    yield
 
 
 @pytest.fixture(autouse=True, scope="session")
