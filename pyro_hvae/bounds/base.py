@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_hvae.bounds.gradients import GRADIENTS, averaged
 from pyro_hvae.traces import Reading, Structure, read
 from pyro_hvae.traces.parameters import check_trained, make_registrable
-from pyro_hvae.traces.reading import known, unregistered
+from pyro_hvae.traces.running import known, unregistered
 from pyro_hvae.traces.validation import check_particles
 
 __all__ = ["Bound", "Estimate", "Objective", "Treatment", "WeightBound"]
@@ -84,7 +84,9 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
         return {"num_particles": self.num_particles}
 
     @abc.abstractmethod
-    def estimate(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Estimate, Reading]:
+    def estimate(
+        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[Estimate, Reading]:
         """One run: the estimate and the reading it came from."""
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ObjectiveModule:
@@ -96,8 +98,8 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
         for which, program in (("model", model), ("guide", guide)):
             if not isinstance(program, nn.Module):
                 raise TypeError(
-                    f"the {which} {getattr(program, '__qualname__', program)!r} is no nn.Module, so the objective would "
-                    "not hold its parameters; pass a module (a pyro.nn.PyroModule whose forward is the program), or "
+                    f"the {which} {getattr(program, '__qualname__', program)!r} is no nn.Module, so the objective "
+                    "would not hold its parameters; pass a module (a pyro.nn.PyroModule whose forward is the program), or "
                     "train by pyro.infer.SVI with this objective as its loss"
                 )
         return ObjectiveModule(model, guide, self)
@@ -123,9 +125,7 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], *, route: str
     ) -> tuple[Tensor, Reading]:
         estimate, reading = self.estimate(model, guide, args, kwargs)
-        surrogate = self._negative(
-            Estimate(estimate.surrogate, estimate.surrogate, estimate.scale, estimate.shared)
-        )
+        surrogate = self._negative(Estimate(estimate.surrogate, estimate.surrogate, estimate.scale, estimate.shared))
         loss = surrogate
         if estimate.surrogate is not estimate.value:
             loss = self._negative(estimate).detach() + (surrogate - surrogate.detach())
@@ -148,15 +148,20 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
         return -total
 
     def _check_trained(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], reading: Reading, loss: Tensor, route: str
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        reading: Reading,
+        loss: Tensor,
+        route: str,
     ) -> None:
         checked = known(model, guide).checked_routes
         key = (route, self.trains)
         if key not in checked:
             traces = (reading.guide_trace, reading.model_trace)
-            check_trained(
-                model, guide, traces, loss, route=route, arguments=(args, kwargs), trains=self.trains
-            )
+            check_trained(model, guide, traces, loss, route=route, arguments=(args, kwargs), trains=self.trains)
             checked.add(key)
 
 
@@ -205,9 +210,7 @@ class Bound(Objective):
             return []
         working = [name for name in self.gradients if name in ("score", "vimco")]
         advice = (
-            f"use gradient={working[0]!r}"
-            if working
-            else 'use TraceELBO(gradient="score") or IWELBO(gradient="vimco")'
+            f"use gradient={working[0]!r}" if working else 'use TraceELBO(gradient="score") or IWELBO(gradient="vimco")'
         )
         return [
             f"site(s) {pathwise_at} have no reparameterised draws, so the {self.gradient!r} gradient of "

@@ -18,7 +18,7 @@ from torch.distributions import kl_divergence
 from pyro_hvae.bounds.base import Bound, Estimate, Program, Treatment, WeightBound
 from pyro_hvae.traces import Reading, Structure
 from pyro_hvae.traces.dependencies import Dependencies, dependencies
-from pyro_hvae.traces.reading import known
+from pyro_hvae.traces.running import known
 
 __all__ = ["LayerwiseELBO", "TraceELBO", "layer_terms"]
 
@@ -114,7 +114,9 @@ class LayerwiseELBO(Bound):
         tensor([0.0000, 0.5000])
     """
 
-    def estimate(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Estimate, Reading]:
+    def estimate(
+        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[Estimate, Reading]:
         reading = self.read(model, guide, args, kwargs)
         terms = layer_terms(reading, self.divergences(model, guide, args, kwargs, reading))
         total = None
@@ -144,7 +146,9 @@ class LayerwiseELBO(Bound):
         if site.guide_distribution == "Delta":
             return Treatment("Monte Carlo", "the guide's draw is a transformed auxiliary one", "pathwise")
         return Treatment(
-            "analytic", f"KL({site.guide_distribution} || {site.model_distribution}), if registered", "pathwise"
+            "analytic",
+            f"KL({site.guide_distribution} || {site.model_distribution}), if registered",
+            "pathwise",
         )
 
     def divergences(

@@ -58,17 +58,43 @@ class Explanation:
     refusals: tuple[str, ...]
 
     def __str__(self) -> str:
-        header = ("site", "role", "model | guide", "plates", "scale", "parents: model | guide", "treatment", "gradient", "why")
+        header = (
+            "site",
+            "role",
+            "model | guide",
+            "plates",
+            "scale",
+            "parents: model | guide",
+            "treatment",
+            "gradient",
+            "why",
+        )
         lines = [header]
         for row in self.rows:
             parents = f"{', '.join(row.parents_model) or '-'} | {', '.join(row.parents_guide) or '-'}"
             lines.append(
-                (row.site, row.role, row.distributions, row.plates, row.scale, parents, row.treatment, row.gradient, row.why)
+                (
+                    row.site,
+                    row.role,
+                    row.distributions,
+                    row.plates,
+                    row.scale,
+                    parents,
+                    row.treatment,
+                    row.gradient,
+                    row.why,
+                )
             )
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
         table.insert(1, "-" * max(map(len, table)))
-        text = [self.bound, f"a datum is an index of: {', '.join(self.data_plates) or 'nothing (one weight for all)'}", *table]
+        text = [
+            self.bound,
+            f"a datum is an index of: {', '.join(self.data_plates) or 'nothing (one weight for all)'}",
+            *table,
+        ]
         text.append(f"parameters trained by SVI: {len(self.trained_by_svi)}")
         if self.untrained_by_svi:
             text.append(f"NOT trained by SVI: {', '.join(self.untrained_by_svi)}")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pyro_hvae.traces import Reading
+from pyro_hvae.traces.reading import total
 
 __all__ = ["GRADIENTS", "Reduction", "averaged", "dreg", "fold", "leave_one_out", "pathwise", "score", "stl"]
 
@@ -45,7 +46,7 @@ def stl(reading: Reading, reduce: Reduction, repeats: int = 1) -> Tensor:
     Unbiased for K = 1 only; zero variance where the guide is the exact posterior.
     """
     held = reading.replay(freeze=True, detach=False)
-    log_weights = sum(reading.log_p.values()) - sum(held.log_q.values())
+    log_weights = total(reading.log_p) - total(held.log_q)
     return averaged(log_weights.expand_as(reading.log_weights), reduce, repeats)
 
 
@@ -60,7 +61,7 @@ def dreg(reading: Reading, reduce: Reduction, repeats: int = 1) -> Tensor:
     through_draws = reading.replay(freeze=True, detach=False)
     of_model = reading.replay(freeze=False, detach=True)
     weights = fold(reading.log_weights.detach(), repeats).softmax(0)
-    log_p = fold(sum(of_model.log_p.values()).expand_as(reading.log_weights), repeats)
+    log_p = fold(total(of_model.log_p).expand_as(reading.log_weights), repeats)
     surrogate = (weights**2 * fold(through_draws.log_weights, repeats) + weights * log_p).sum(0)
     return surrogate.mean(0) if repeats > 1 else surrogate
 

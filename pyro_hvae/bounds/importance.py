@@ -17,6 +17,7 @@ expectation; it is refused, unless ``share_globals`` makes the weights local.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,8 +53,8 @@ class MultiSampleBound(WeightBound):
         for plate in partial:
             outside = [name for name, site in structure.sites.items() if plate not in site.plates]
             refused.append(
-                f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not enclose the site(s) "
-                f"{outside}: the scale {plate.scale:g} would enter the logarithm of {type(self).__name__}, which then "
+                f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not enclose the "
+                f"site(s) {outside}: the scale {plate.scale:g} would enter the logarithm of {type(self).__name__}, which then "
                 "bounds nothing. Use a single-sample bound (TraceELBO, LayerwiseELBO), IWELBO(..., "
                 "share_globals=True) if there are latent sites inside of the plate, or the whole data set"
             )
@@ -72,7 +73,9 @@ class MultiSampleBound(WeightBound):
             ``log_weight_variance`` (nats squared).
         """
         with torch.no_grad():
-            weights, parts, count = [], {}, 0
+            weights: list[Tensor] = []
+            parts: dict[str, Tensor] = {}
+            count = 0
             for chunk in self._chunks():
                 reading = read(model, guide, args, kwargs, num_particles=chunk)
                 self.check(reading.structure)
@@ -256,8 +259,8 @@ def _check_local(
         for name, parents in edges.items():
             if local not in structure.sites[name].plates and parents & inner:
                 raise ValueError(
-                    f"site '{name}' stands outside of plate '{local.name}' and depends on {sorted(parents & inner)} inside "
-                    "of it, so the data are not independent given the global draws: share_globals=True is no bound here"
+                    f"site '{name}' stands outside of plate '{local.name}' and depends on {sorted(parents & inner)} "
+                    "inside of it, so the data are not independent given the global draws: share_globals=True is no bound here"
                 )
 
 
@@ -285,9 +288,7 @@ class VRBound(MultiSampleBound):
 
     gradients = ("pathwise", "score")
 
-    def __init__(
-        self, alpha: float, num_particles: int, gradient: str = "pathwise", *, chunk_size: int = 256
-    ) -> None:
+    def __init__(self, alpha: float, num_particles: int, gradient: str = "pathwise", *, chunk_size: int = 256) -> None:
         if alpha == 1:
             raise ValueError("VRBound has no alpha = 1; its limit there is the ELBO: use TraceELBO")
         if not (0 <= alpha < math.inf):
@@ -350,7 +351,7 @@ class ThermodynamicBound(MultiSampleBound):
         else:
             points = tuple(float(beta) for beta in betas)
             points = points[:-1] if points and points[-1] == 1.0 else points
-        if not points or points[0] != 0.0 or points[-1] >= 1.0 or any(b <= a for a, b in zip(points, points[1:])):
+        if not points or points[0] != 0.0 or points[-1] >= 1.0 or any(b <= a for a, b in itertools.pairwise(points)):
             raise ValueError(f"betas must start at 0, increase strictly and stay below 1, got {betas}")
         self.betas = points
 

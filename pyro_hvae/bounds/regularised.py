@@ -130,8 +130,8 @@ class Regularised(Objective):
         rates = [name for name in terms if name.startswith("rate_")]
         if rates and (callable(self.free_bits) or floor > 0):
             raise ValueError(
-                f"free bits need a true divergence, and the term(s) {rates} are none: they may be negative in expectation. "
-                "Use a guide that runs top-down (Ladder), or kl_weight alone"
+                f"free bits need a true divergence, and the term(s) {rates} are none: they may be negative in "
+                "expectation. Use a guide that runs top-down (Ladder), or kl_weight alone"
             )
         weight, minimum = self._weight
         shape = tuple(plate.size for plate in reading.plates)
@@ -151,7 +151,8 @@ class Regularised(Objective):
         assert isinstance(bound, WeightBound)
         if callable(self.free_bits) or self.free_bits > 0:
             raise ValueError(
-                f"free bits need divergences layer by layer, and {bound!r} has none: use Regularised(LayerwiseELBO(), ...)"
+                f"free bits need divergences layer by layer, and {bound!r} has none: "
+                "use Regularised(LayerwiseELBO(), ...)"
             )
         if bound.gradient not in ("pathwise", "score", "vimco"):
             raise ValueError(f"the gradient {bound.gradient!r} is not derived for weighted log-weights: use 'pathwise'")

@@ -24,7 +24,7 @@ from pyro_hvae.bounds.base import Estimate, Objective, Program
 from pyro_hvae.bounds.importance import IWELBO
 from pyro_hvae.traces import Reading, read
 from pyro_hvae.traces.parameters import frozen, trainable
-from pyro_hvae.traces.reading import given
+from pyro_hvae.traces.running import given
 
 __all__ = ["CUBO", "EUBO"]
 
@@ -92,7 +92,9 @@ class CUBO(_FromAbove):
     def __init__(self, order: float = 2, num_particles: int = 100, *, chunk_size: int = 256) -> None:
         super().__init__(num_particles, chunk_size=chunk_size)
         if not (1 < order < math.inf):
-            raise ValueError(f"order must be above 1 and finite, got {order}; for 0 <= 1 - alpha <= 1 use VRBound(alpha)")
+            raise ValueError(
+                f"order must be above 1 and finite, got {order}; for 0 <= 1 - alpha <= 1 use VRBound(alpha)"
+            )
         self.order = order
 
     def _arguments(self) -> dict[str, Any]:

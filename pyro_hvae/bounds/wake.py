@@ -12,7 +12,7 @@ Weights are self-normalised per datum, so minibatches scale as a plate does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.poutine as poutine
 import torch
@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pyro_hvae.bounds.base import Estimate, Objective, Program
 from pyro_hvae.bounds.importance import IWELBO
 from pyro_hvae.traces import Reading
-from pyro_hvae.traces.reading import given, isolated
+from pyro_hvae.traces.reading import total
+from pyro_hvae.traces.running import given, isolated
 from pyro_hvae.traces.structure import sample_sites
 
 __all__ = ["ReweightedWakeSleep", "SleepPhase", "WakePhase"]
@@ -45,7 +46,7 @@ class WakePhase(Objective):
         WakePhase(num_particles=10)
     """
 
-    trains: tuple[str, ...] = ("guide",)  # type: ignore[misc]
+    trains: ClassVar[tuple[str, ...]] = ("guide",)
 
     def __init__(self, num_particles: int) -> None:
         super().__init__(num_particles)
@@ -65,7 +66,7 @@ class WakePhase(Objective):
         return Estimate(self._value(drawn, surrogate), surrogate, reading.scale), reading
 
     def _learned(self, reading: Reading) -> Tensor:
-        return _sum(reading.log_q)
+        return total(reading.log_q)
 
     def _value(self, drawn: Reading, surrogate: Tensor) -> Tensor:
         return surrogate
@@ -92,7 +93,7 @@ class ReweightedWakeSleep(WakePhase):
     trains = ("model", "guide")
 
     def _learned(self, reading: Reading) -> Tensor:
-        return _sum(reading.log_p) + _sum(reading.log_q)
+        return total(reading.log_p) + total(reading.log_q)
 
     def _value(self, drawn: Reading, surrogate: Tensor) -> Tensor:
         return self._bound.reduce(drawn.log_weights)
@@ -136,10 +137,5 @@ class SleepPhase(Objective):
         dreamt_args, dreamt_kwargs = tree_unflatten(leaves, spec)
         latents = {name: value for name, value in values.items() if name not in observed.values()}
         reading = given(model, guide, latents, dreamt_args, dreamt_kwargs)
-        value = _sum(reading.log_q).expand_as(reading.log_weights.detach()).mean(0)
+        value = total(reading.log_q).expand_as(reading.log_weights.detach()).mean(0)
         return Estimate(value, value, reading.scale), reading
-
-
-def _sum(terms: Mapping[str, Tensor]) -> Tensor:
-    parts = list(terms.values())
-    return sum(parts[1:], start=parts[0])

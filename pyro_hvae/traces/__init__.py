@@ -16,7 +16,8 @@ mask stay inside.
 - :func:`structure` says what was found, without keeping a trace.
 """
 
-from pyro_hvae.traces.reading import Reading, log_joint, log_weights, read, structure
+from pyro_hvae.traces.reading import Reading
+from pyro_hvae.traces.running import given, log_joint, log_weights, read, structure
 from pyro_hvae.traces.structure import Plate, SiteInfo, Structure
 
-__all__ = ["Plate", "Reading", "SiteInfo", "Structure", "log_joint", "log_weights", "read", "structure"]
+__all__ = ["Plate", "Reading", "SiteInfo", "Structure", "given", "log_joint", "log_weights", "read", "structure"]

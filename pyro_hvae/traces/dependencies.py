@@ -32,7 +32,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_hvae.traces.parameters import graph_leaves
-from pyro_hvae.traces.reading import isolated
+from pyro_hvae.traces.running import isolated
 from pyro_hvae.traces.structure import Structure, sample_sites
 
 __all__ = ["Dependencies", "dependencies"]
@@ -95,7 +95,11 @@ def dependencies(
 
 
 def _edges(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], tracker: _Tracker
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    tracker: _Tracker,
 ) -> tuple[Edges, Edges]:
     with isolated(model, guide), torch.enable_grad(), pyro.validation_enabled(False):
         handler = poutine.unwrap(guide)

@@ -68,4 +68,3 @@ def marginalise(
         packed.unpack(total, trace.symbol_to_dim)
     )
     return terms
-

@@ -139,8 +139,10 @@ def check_trained(
     if lost:
         raise ValueError(_untrained_by_module(lost, sites, reached))
     if everything_owned:
-        members = {id(p) for program in programs.values() for p in program.parameters()}  # type: ignore[attr-defined]
-        foreign = [name for name, parameter in sites.items() if id(parameter) in reached and id(parameter) not in members]
+        members = {id(p) for program in programs.values() for p in program.parameters()}
+        foreign = [
+            name for name, parameter in sites.items() if id(parameter) in reached and id(parameter) not in members
+        ]
         if foreign:
             raise ValueError(
                 f"an optimiser over objective.parameters() would leave {_few(foreign)} untrained: the programs read "
@@ -166,7 +168,7 @@ def _untrained_by_svi(lost: list[str], sites: dict[str, Tensor]) -> str:
 
 
 def _untrained_by_module(lost: list[str], sites: dict[str, Tensor], reached: dict[int, Tensor]) -> str:
-    text = f"the loss does not depend on {len(lost)} parameter(s): {_few(lost)}; an optimiser would leave them as they are. "
+    text = f"the loss does not depend on {len(lost)} parameter(s): {_few(lost)}; an optimiser would leave them. "
     if any(id(parameter) in reached for parameter in sites.values()):
         text += (
             "If another program's tensors stand under their names in Pyro's parameter store, call "
@@ -178,5 +180,3 @@ def _untrained_by_module(lost: list[str], sites: dict[str, Tensor], reached: dic
 def _few(names: list[str], most: int = 6) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
-
-

@@ -198,9 +198,7 @@ def _common_plates(infos: dict[str, SiteInfo], guide_sites: dict[str, dict[str, 
 def _check_match(model_sites: dict[str, Any], guide_sites: dict[str, Any]) -> None:
     latent = {name for name, site in model_sites.items() if not site["is_observed"]}
     missing = {name for name in latent - set(guide_sites) if not is_enumerated(model_sites[name])}
-    observed_by_guide = {
-        name for name, site in guide_sites.items() if site["is_observed"] and not _is_factor(site)
-    }
+    observed_by_guide = {name for name, site in guide_sites.items() if site["is_observed"] and not _is_factor(site)}
     extra = {
         name
         for name, site in guide_sites.items()

@@ -8,7 +8,7 @@ import torch
 
 import pyro_hvae as ph
 from pyro_hvae.traces import log_joint, log_weights, read, structure
-from pyro_hvae.traces.reading import given
+from pyro_hvae.traces.running import given
 
 
 def normal(value, loc, scale):
@@ -33,7 +33,7 @@ def nested_guide(x, size=None, inner=None):
 
 
 @pytest.mark.parametrize("num_particles", [1, 5])
-@pytest.mark.parametrize("size, inner", [(None, None), (12, None), (12, 20)])
+@pytest.mark.parametrize(("size", "inner"), [(None, None), (12, None), (12, 20)])
 def test_weights_are_the_sums_written_out(num_particles, size, inner):
     x = torch.randn(3, 4)
     reading = read(nested_model, nested_guide, (x,), {"size": size, "inner": inner}, num_particles=num_particles)
@@ -142,7 +142,7 @@ def test_a_run_whose_control_flow_changed_is_read_as_it_ran():
 
 
 @pytest.mark.parametrize(
-    "broken, message",
+    ("broken", "message"),
     [
         (lambda x: None, r"the guide draws nothing for the model's \['a', 'g'\]"),
         (
@@ -168,7 +168,9 @@ def test_bad_observations_are_counted_and_located():
 
     grey = torch.zeros(4, 3)
     grey[2, 1] = 0.25
-    with pytest.raises(ValueError, match=r"1 of 12 observed values at site 'x' lie outside .*Bernoulli.*\(2, 1\).*binarize"):
+    with pytest.raises(
+        ValueError, match=r"1 of 12 observed values at site 'x' lie outside .*Bernoulli.*\(2, 1\).*binarize"
+    ):
         read(model, guide, (grey,))
     broken = torch.zeros(4, 3)
     broken[1:, 0] = torch.nan
