@@ -53,8 +53,8 @@ class MultiSampleBound(WeightBound):
         for plate in partial:
             outside = [name for name, site in structure.sites.items() if plate not in site.plates]
             refused.append(
-                f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not enclose the "
-                f"site(s) {outside}: the scale {plate.scale:g} would enter the logarithm of {type(self).__name__}, which then "
+                f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not "
+                f"enclose the site(s) {outside}: the scale {plate.scale:g} would enter the logarithm of {type(self).__name__}, which then "
                 "bounds nothing. Use a single-sample bound (TraceELBO, LayerwiseELBO), IWELBO(..., "
                 "share_globals=True) if there are latent sites inside of the plate, or the whole data set"
             )
@@ -259,8 +259,8 @@ def _check_local(
         for name, parents in edges.items():
             if local not in structure.sites[name].plates and parents & inner:
                 raise ValueError(
-                    f"site '{name}' stands outside of plate '{local.name}' and depends on {sorted(parents & inner)} "
-                    "inside of it, so the data are not independent given the global draws: share_globals=True is no bound here"
+                    f"site '{name}' stands outside of plate '{local.name}' and depends on "
+                    f"{sorted(parents & inner)} inside of it, so the data are not independent given the global draws: share_globals=True is no bound here"
                 )
 
 
