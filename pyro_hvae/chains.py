@@ -122,22 +122,26 @@ class Chain(PyroModule):
                 kernel = getattr(self, home)
             yield site, kernel, infer
 
-    def distribution(
-        self, site: str, kernel: Callable[..., TorchDistribution], parent: Tensor | None, context: Any
-    ) -> TorchDistribution:
+    def call(self, site: str, kernel: Callable[..., Any], parent: Tensor | None, context: Any) -> Any:
         """Call a kernel; what goes wrong inside is told with the kernel's name and shapes."""
         try:
-            found = kernel(parent) if context is None else kernel(parent, context)
+            return kernel(parent) if context is None else kernel(parent, context)
         except (RuntimeError, ValueError) as error:
             message = self._misfit(site, kernel, parent, context, error)
             if message is None:
                 raise
             raise ValueError(message) from error
+
+    def distribution(
+        self, site: str, kernel: Callable[..., TorchDistribution], parent: Tensor | None, context: Any
+    ) -> TorchDistribution:
+        """The distribution of a site."""
+        found = self.call(site, kernel, parent, context)
         if not isinstance(found, TorchDistributionMixin):
             raise TypeError(
                 f"kernel {site!r} of {self.name!r} must return a Pyro distribution, got "
                 f"{type(found).__name__}. Wrap a module that gives torch distributions (a zuko flow) in "
-                "pyro_hvae.kernels.Flow."
+                "kernels.Flow."
             )
         return found
 
@@ -368,6 +372,14 @@ def draw_global(module: PyroModule) -> None:
             for name in child._pyro_samples:
                 getattr(child, name)
             draw_global(child)
+
+
+def has_global(module: PyroModule) -> bool:
+    """Whether :func:`draw_global` would draw anything."""
+    return any(
+        isinstance(child, PyroModule) and (bool(child._pyro_samples) or has_global(child))
+        for child in module._modules.values()
+    )
 
 
 def _shared(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -25,9 +25,10 @@ class Flow(Kernel):
         event_dim: dims of one event.
 
     Example:
-        >>> import zuko
-        >>> flow = Flow(zuko.flows.NSF(2, 3, transforms=1))
-        >>> flow(torch.zeros(5, 3)).shape()
+        >>> class Lazy(nn.Module):
+        ...     def forward(self, c):
+        ...         return torch.distributions.MultivariateNormal(c, torch.eye(2))
+        >>> Flow(Lazy())(torch.zeros(5, 2)).shape()
         torch.Size([5, 2])
     """
 
