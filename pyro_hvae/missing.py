@@ -60,6 +60,7 @@ def harmless(site: str, base: TorchDistribution, x: Tensor) -> Tensor:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    low = getattr(support, "low", low)  # of distributions.Levels, whose first level is as good as any
     zero = x.new_zeros(())
     if support in (constraints.real, constraints.boolean, constraints.real_vector):
         return zero

@@ -25,13 +25,21 @@ synchronisation a call, and is done once by whoever reads the traces.
 """
 
 from pyro_hvae.kernels.base import Kernel, WithoutContext
-from pyro_hvae.kernels.discrete import Bernoulli, Categorical, NegativeBinomial, Poisson, Transition
+from pyro_hvae.kernels.discrete import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogistic,
+    NegativeBinomial,
+    Poisson,
+    Transition,
+)
 from pyro_hvae.kernels.flow import Flow
 from pyro_hvae.kernels.gaussian import Gaussian, LinearGaussian, StandardNormal
 
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "DiscretizedLogistic",
     "Flow",
     "Gaussian",
     "Kernel",

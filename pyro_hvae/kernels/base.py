@@ -40,6 +40,12 @@ class Kernel(PyroModule):
         if net is not None:
             self.net = net
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The distribution; as part of a chain it registers parameters only while the chain itself does."""
+        if self._pyro_name and not self._pyro_context.active:
+            return nn.Module.__call__(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def parameters_of(self, parent: Tensor | None, context: Tensor | None) -> Tensor:
         """Call the network on the parent and the context, each if there."""
         net = self.net

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,10 @@ from pyro.distributions import TorchDistribution
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
+from pyro_hvae.distributions import DiscretizedLogistic as LogisticBins
 from pyro_hvae.kernels.base import Kernel, halves
 
-__all__ = ["Bernoulli", "Categorical", "NegativeBinomial", "Poisson", "Transition"]
+__all__ = ["Bernoulli", "Categorical", "DiscretizedLogistic", "NegativeBinomial", "Poisson", "Transition"]
 
 
 class Bernoulli(Kernel):
@@ -136,6 +139,45 @@ class Transition(Kernel):
 
     def extra_repr(self) -> str:
         return f"{self.num_states}" if self.num_parents is None else f"{self.num_states}, {self.num_parents}"
+
+
+class DiscretizedLogistic(Kernel):
+    r"""Independent grey levels: logistic bin masses with (a, r) = net(parent).
+
+    .. math:: \mu = mid + \tfrac12 (high - low)\, a,\qquad \log s = r + \log\frac{high - low}{8}
+
+    so that a network near zero starts in the middle of the range with bins of every level likely.
+
+    Args:
+        net: network to a and r side by side along the first event dim.
+        event_dim: dims of one event, >= 1.
+        num_bins: number of levels.
+        low: first level, in the units of x.
+        high: last level.
+
+    Example:
+        >>> DiscretizedLogistic(nn.Linear(2, 2 * 4))(torch.zeros(3, 2)).event_shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self, net: nn.Module, event_dim: int = 1, *, num_bins: int = 256, low: float = 0.0, high: float = 1.0
+    ) -> None:
+        super().__init__(net, event_dim)
+        if event_dim < 1:
+            raise ValueError("DiscretizedLogistic needs event_dim >= 1: its parameters split the first event dim.")
+        LogisticBins(0.0, 0.0, num_bins, low, high)  # refuses impossible levels now, and not at the first call
+        self.num_bins, self.low, self.high = num_bins, low, high
+
+    def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
+        raw_loc, raw_scale = halves(self, self.parameters_of(parent, context))
+        span = self.high - self.low
+        loc = 0.5 * (self.low + self.high) + 0.5 * span * raw_loc
+        log_scale = raw_scale + math.log(span / 8)
+        return LogisticBins(loc, log_scale, self.num_bins, self.low, self.high).to_event(self.event_dim)
+
+    def extra_repr(self) -> str:
+        return f"event_dim={self.event_dim}, num_bins={self.num_bins}, low={self.low:g}, high={self.high:g}"
 
 
 class Poisson(Kernel):
