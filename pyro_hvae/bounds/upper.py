@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyro_hvae.bounds.base import Estimate, Objective, Program
 from pyro_hvae.bounds.importance import IWELBO
 from pyro_hvae.traces import Reading, read
-from pyro_hvae.traces.parameters import frozen, trainable
+from pyro_hvae.traces.parameters import frozen, param_sites
 from pyro_hvae.traces.running import given
 
 __all__ = ["CUBO", "EUBO"]
@@ -45,12 +45,18 @@ class _FromAbove(Objective):
     def estimate(
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
     ) -> tuple[Estimate, Reading]:
-        held = trainable(model, None, read(model, guide, args, kwargs).model_trace) if torch.is_grad_enabled() else []
-        own = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else {id(p) for p in held}
-        with frozen(p for p in held if id(p) in own):
+        with frozen(self._of_model(model, guide, args, kwargs)):
             reading = self._weights.read(model, guide, args, kwargs)
             value = self.reduce(reading.log_weights)
         return Estimate(-value, -value, reading.scale), reading
+
+    def _of_model(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Parameters of the model; a plain function has to be run once more to name its own."""
+        if not torch.is_grad_enabled():
+            return []
+        if isinstance(model, nn.Module):
+            return list(model.parameters())
+        return list(param_sites(read(model, guide, args, kwargs).model_trace).values())
 
     def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The estimate for each datum in nats, without gradient; shape of the plates common to all sites."""
