@@ -99,8 +99,8 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
             if not isinstance(program, nn.Module):
                 raise TypeError(
                     f"the {which} {getattr(program, '__qualname__', program)!r} is no nn.Module, so the "
-                    "objective would not hold its parameters; pass a module (a pyro.nn.PyroModule whose forward is the program), or "
-                    "train by pyro.infer.SVI with this objective as its loss"
+                    "objective would not hold its parameters; pass a module (a pyro.nn.PyroModule whose forward "
+                    "is the program), or train by pyro.infer.SVI with this objective as its loss"
                 )
         return ObjectiveModule(model, guide, self)
 

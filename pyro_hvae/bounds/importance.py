@@ -53,10 +53,10 @@ class MultiSampleBound(WeightBound):
         for plate in partial:
             outside = [name for name, site in structure.sites.items() if plate not in site.plates]
             refused.append(
-                f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not "
-                f"enclose the site(s) {outside}: the scale {plate.scale:g} would enter the logarithm of {type(self).__name__}, which then "
-                "bounds nothing. Use a single-sample bound (TraceELBO, LayerwiseELBO), IWELBO(..., "
-                "share_globals=True) if there are latent sites inside of the plate, or the whole data set"
+                f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not enclose the "
+                f"site(s) {outside}: the scale {plate.scale:g} would enter the logarithm of {type(self).__name__}, "
+                "which then bounds nothing. Use a single-sample bound (TraceELBO, LayerwiseELBO), "
+                "IWELBO(..., share_globals=True) if there are latent sites inside of the plate, or the whole data set"
             )
         return refused
 
@@ -260,7 +260,8 @@ def _check_local(
             if local not in structure.sites[name].plates and parents & inner:
                 raise ValueError(
                     f"site '{name}' stands outside of plate '{local.name}' and depends on "
-                    f"{sorted(parents & inner)} inside of it, so the data are not independent given the global draws: share_globals=True is no bound here"
+                    f"{sorted(parents & inner)} inside of it, so the data are not independent given the global draws: "
+                    "share_globals=True is no bound here"
                 )
 
 

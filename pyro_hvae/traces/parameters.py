@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,9 @@ def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
     try:
         for parameter in held:
             parameter.requires_grad_(False)
-        yield
+        with warnings.catch_warnings():  # pyro.module remarks on each parameter that stands still; it is meant to
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+            yield
     finally:
         for parameter in held:
             parameter.requires_grad_(True)
