@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from pyro.poutine import Trace
@@ -60,24 +61,24 @@ class Structure:
     max_plate_nesting: int
     signature: tuple = field(repr=False)
 
-    @property
+    @cached_property
     def latent(self) -> tuple[str, ...]:
         return tuple(name for name, site in self.sites.items() if site.role == "latent")
 
-    @property
+    @cached_property
     def observed(self) -> tuple[str, ...]:
         return tuple(name for name, site in self.sites.items() if site.role == "observed")
 
-    @property
+    @cached_property
     def auxiliary(self) -> tuple[str, ...]:
         return tuple(name for name, site in self.sites.items() if site.role == "auxiliary")
 
-    @property
+    @cached_property
     def drawn(self) -> tuple[str, ...]:
         """Sites that the guide draws: latent and auxiliary."""
         return self.latent + self.auxiliary
 
-    @property
+    @cached_property
     def subsampled(self) -> tuple[Plate, ...]:
         """Every subsampled plate of the pair."""
         return tuple({plate: None for site in self.sites.values() for plate in site.plates if plate.subsampled})
