@@ -1,0 +1,26 @@
+"""Training from scripts: a loop, checkpoints that resume bit for bit, and many processes."""
+
+from pyro_hvae.training.averages import Averages
+from pyro_hvae.training.callbacks import Callback, EarlyStopping, ProgressBar, TensorBoard
+from pyro_hvae.training.checkpoint import CheckpointError
+from pyro_hvae.training.fit import Result, fit, fit_restarts
+from pyro_hvae.training.history import History
+from pyro_hvae.training.loop import Run
+from pyro_hvae.training.nonfinite import NonFiniteError
+from pyro_hvae.training.rebuild import load
+
+__all__ = [
+    "Averages",
+    "Callback",
+    "CheckpointError",
+    "EarlyStopping",
+    "History",
+    "NonFiniteError",
+    "ProgressBar",
+    "Result",
+    "Run",
+    "TensorBoard",
+    "fit",
+    "fit_restarts",
+    "load",
+]

@@ -1,0 +1,146 @@
+"""What may be hung into a training run: a few moments, and objects that care about some of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from pyro_hvae.training.loop import Run
+
+__all__ = ["Callback", "EarlyStopping", "ProgressBar", "TensorBoard"]
+
+
+class Callback(Protocol):
+    """The moments of a run.  Any object with some of these methods will do; the others are not called.
+
+    A callback with ``state_dict()`` and ``load_state_dict(state)`` (of plain data and tensors) is saved with each
+    checkpoint and restored by ``resume=True``.
+    """
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step, after a resume."""
+
+    def on_step(self, run: Run, loss: Any) -> None:
+        """After each step; ``loss`` is a 0-dim tensor, and looking at its value waits for the device."""
+
+    def on_record(self, run: Run, record: dict[str, Any]) -> None:
+        """When a record was added to the history."""
+
+    def on_epoch(self, run: Run) -> None:
+        """After the last batch of an epoch."""
+
+    def on_end(self, run: Run) -> None:
+        """When training is over, for whatever reason."""
+
+
+class ProgressBar:
+    """A ``tqdm`` bar: steps, time left, loss, terms, rate.
+
+    Args:
+        total: steps, or None if unknown.
+    """
+
+    def __init__(self, total: int | None = None) -> None:
+        self.total = total
+        self._bar: Any = None
+
+    def on_start(self, run: Run) -> None:
+        self._bar = tqdm(total=self.total, initial=run.step, unit="step", dynamic_ncols=True, leave=True)
+
+    def on_step(self, run: Run, loss: Any) -> None:
+        self._bar.update()
+
+    def on_record(self, run: Run, record: dict[str, Any]) -> None:
+        hidden = {"step", "epoch", "seconds"}
+        shown = {name: f"{value:.4g}" for name, value in record.items() if name not in hidden and value is not None}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def on_end(self, run: Run) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class TensorBoard:
+    """Write every record as scalars (extra ``tensorboard``).
+
+    Args:
+        directory: of the event files.
+
+    Raises:
+        ImportError: if tensorboard is not installed.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("TensorBoard logging needs tensorboard: pip install 'pyro-hvae[tensorboard]'") from error
+        self.directory = directory
+        self._writer_class = SummaryWriter
+        self._writer: Any = None
+
+    def on_start(self, run: Run) -> None:
+        # What a killed run wrote after its last checkpoint is written again.
+        self._writer = self._writer_class(str(self.directory), purge_step=run.step + 1 if run.step else None)
+
+    def on_record(self, run: Run, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name not in ("step", "epoch") and value is not None:
+                self._writer.add_scalar(name.replace("validation_", "validation/"), value, record["step"])
+
+    def on_end(self, run: Run) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class EarlyStopping:
+    """Stop when a recorded quantity has not improved for a while.
+
+    Args:
+        patience: records of it without improvement that are put up with, at least 1.
+        monitor: which quantity, smaller being better.
+        min_delta: what counts as an improvement, in its unit (nats a datum for losses).
+
+    Raises:
+        ValueError: for ``patience < 1`` or a negative ``min_delta``.
+
+    Example:
+        >>> EarlyStopping(patience=0)
+        Traceback (most recent call last):
+        ValueError: patience must be at least 1, got 0
+    """
+
+    def __init__(self, patience: int, *, monitor: str = "validation_loss", min_delta: float = 0.0) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        if min_delta < 0:
+            raise ValueError(f"min_delta must be at least 0, got {min_delta}")
+        self.patience, self.monitor, self.min_delta = patience, monitor, min_delta
+        self.best, self.waited = math.inf, 0
+
+    def on_record(self, run: Run, record: dict[str, Any]) -> None:
+        if self.monitor not in record:
+            return
+        if record[self.monitor] < self.best - self.min_delta:
+            self.best, self.waited = record[self.monitor], 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            run.stop(f"{self.monitor} has not improved on {self.best:.6g} for {self.waited} records")
+
+    def on_end(self, run: Run) -> None:
+        if self.monitor not in run.history.names():
+            raise ValueError(
+                f"early stopping watches {self.monitor!r}, which was never recorded; recorded: "
+                f"{', '.join(run.history.names())}. Give fit() validation data, or monitor='loss'"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.waited = state["best"], state["waited"]

@@ -1,0 +1,317 @@
+r"""Train a pair of Pyro programs: :func:`fit`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pyro_hvae
+from pyro_hvae.training import checkpoint
+from pyro_hvae.training.averages import Averages
+from pyro_hvae.training.callbacks import ProgressBar, TensorBoard
+from pyro_hvae.training.distributed import Ranks, seed_rank
+from pyro_hvae.training.feed import Batch, as_batch, feed
+from pyro_hvae.training.history import History
+from pyro_hvae.training.loop import Run
+from pyro_hvae.training.objective import PairObjective
+from pyro_hvae.training.rebuild import factory_record
+from pyro_hvae.training.step import EagerStep, make_optimizer
+
+__all__ = ["Result", "fit", "fit_restarts"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`fit` gives back.
+
+    Attributes:
+        model, guide: the programs, trained.
+        history: see :class:`~pyro_hvae.training.History`.
+        steps: optimiser steps made in all, those before a resume included.
+        stopped: why training ended before its time (a callback's reason, ``"SIGINT"``), or None.
+        averages: the moving averages of the parameters, or None; ``with result.averages.applied(): ...`` uses them.
+        run_dir: where the run is kept, or None.
+    """
+
+    model: Any
+    guide: Any
+    history: History
+    steps: int
+    stopped: str | None
+    averages: Averages | None
+    run_dir: Path | None
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Any,
+    *,
+    bound: Any,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = 100,
+    data_size: int | None = None,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    transform: Callable[..., Any] | None = None,
+    seed: int | None = None,
+    validation: Any = None,
+    validate_every: int | None = None,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    precision: str | None = None,
+    compile: bool | Mapping[str, Any] = False,
+    run_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 2,
+    resume: bool = False,
+    factory: Any = None,
+    log_every: int = 100,
+    terms_every: int = 500,
+    check_every: int | None = 100,
+    callbacks: Sequence[Any] = (),
+    progress: bool = True,
+    tensorboard: bool = False,
+    fabric: Any = None,
+) -> Result:
+    r"""Train model and guide together.
+
+    Minimises the loss of ``bound`` divided by the number of data (nats a datum; the minimum is the same, and
+    learning rates do not depend on N) by one optimiser over every parameter of both programs, those in Pyro's
+    parameter store included.
+
+    Args:
+        model, guide: Pyro programs, called with each batch; ``data_size=N`` goes to both if both take it, and the
+            loss of a minibatch is then that of the whole data in expectation.
+        data: a tensor or array (N, ...), a tuple of them (the programs' positional arguments), a mapping (their
+            keyword arguments), a ``Dataset``, a ``DataLoader``, or any iterable of batches.
+        bound: a bound or objective of this library, or an ELBO of Pyro with a ``differentiable_loss``.
+        optimizer: a function from parameters to a torch optimiser, or such an optimiser; one fused Adam with
+            rate 1e-3 by default.
+        epochs, steps: how long in all, a resumed run's first part included; exactly one of them.
+        batch_size: rows a batch, over all processes; None for all data at once.
+        data_size: N, where the data does not tell.
+        shuffle: a new order each epoch.
+        drop_last: leave out a smaller last batch.
+        transform: of each batch, when it is used: random binarisation, scaling.  Called with the batch's tensors
+            (keywords for a mapping), returns a batch.
+        seed: of the order of the data; drawn from torch's generator by default.  The noise of the programs follows
+            torch's generator, as ever: call ``torch.manual_seed`` before building the programs.
+        validation: held-out data, like ``data``; the bound on it is recorded as ``validation_loss``, always under the
+            same noise, and on the averages if there are any.
+        validate_every: steps between; an epoch by default.
+        schedule: a function from the optimiser to a scheduler of ``torch.optim.lr_scheduler``, stepped once a step
+            (``ReduceLROnPlateau``: once a validation).
+        clip_norm: global norm that gradients are cut to.
+        accumulate: batches whose gradients are averaged for one step.
+        ema: decay of a moving average of the parameters, kept beside them.
+        precision: ``"bf16"`` runs the programs under autocast.
+        compile: True compiles the step into one graph (see :func:`pyro_hvae.compile_step`); a mapping gives its
+            options.
+        run_dir: directory for config, history and checkpoints.
+        checkpoint_every: steps between; by default at the end of an epoch, if 1000 steps have passed, and at the end.
+        keep: how many checkpoints stay, besides the best.
+        resume: go on from the last checkpoint of ``run_dir``, bit for bit, if there is one.
+        factory: how to build the programs again for :func:`load`: ``("package.module:function", arguments)``, with
+            the function returning (model, guide).  Programs of :mod:`pyro_hvae.models` carry it.
+        log_every: steps between records of loss and rate.
+        terms_every: steps between records that also hold the bound's terms, which cost one more run of the programs.
+        check_every: steps between looks for NaN and infinities; None never looks.
+        callbacks: see :class:`~pyro_hvae.training.Callback`.
+        progress: show a bar.
+        tensorboard: log there too, under ``run_dir/tensorboard``.
+        fabric: a ``lightning_fabric.Fabric`` for many devices or machines, launched.
+
+    Returns:
+        A :class:`Result`; the programs are changed in place, and left in training mode.  SIGINT ends training after
+        the present step, saves, and returns; SIGTERM saves and raises ``SystemExit``.
+
+    Raises:
+        ValueError: for arguments or programs that do not fit each other.
+        FileExistsError: if ``run_dir`` holds a run and ``resume`` is False.
+        CheckpointError: if the checkpoint to resume from is damaged or of another architecture.
+        NonFiniteError: when the loss becomes NaN or infinite: with step and sites; the parameters are taken back to
+            the last good state.
+        OSError: if a checkpoint cannot be written; the last one stays good.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_hvae.bounds import TraceELBO
+        >>> _ = torch.manual_seed(0)
+        >>> def model(x):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+        >>> x = 3.0 + torch.randn(50)
+        >>> result = fit(model, AutoNormal(model), x, bound=TraceELBO(), steps=300, batch_size=None, progress=False,
+        ...              optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05))
+        >>> abs(float(result.guide.median()["mean"]) - float(x.mean())) < 0.2
+        True
+    """
+    _check_arguments(epochs=epochs, steps=steps, accumulate=accumulate, keep=keep, log_every=log_every)
+    ranks = Ranks(fabric)
+    directory = None if run_dir is None else Path(run_dir)
+    source = _resume_from(directory, resume, ranks)
+    if tensorboard and directory is None:
+        raise ValueError("tensorboard=True writes under run_dir, which is not given")
+
+    state = None if source is None else checkpoint.read_state(source)
+    if state is not None:
+        seed = state["seed"]
+    elif seed is None:
+        seed = int(torch.randint(2**31, ()))
+    whole = feed(data, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+    held_out = None if validation is None else feed(validation, batch_size=batch_size, shuffle=False)
+    batches = whole if ranks.world_size == 1 else whole.shard(ranks.rank, ranks.world_size)
+    change = _transform(transform)
+
+    example = _example(whole, change)
+    size = data_size if data_size is not None else whole.data_size
+    objective = PairObjective(bound, model, guide, *example, size)
+    objective.train()
+    own_optimizer = make_optimizer(optimizer, objective)
+    wrapped, stepped = ranks.setup(objective, own_optimizer)
+    if ranks.world_size > 1 and source is None:
+        seed_rank(seed, ranks.rank)
+    eager = EagerStep(wrapped, stepped, clip_norm=clip_norm, precision=precision, fabric=fabric)
+    averages = None if ema is None else Averages(objective, ema)
+
+    own_callbacks = list(callbacks)
+    if tensorboard and ranks.first:
+        own_callbacks.append(TensorBoard(directory / "tensorboard"))  # type: ignore[operator]
+    if progress and ranks.first:
+        total = steps
+        if epochs is not None and whole.batches is not None:
+            total = epochs * -(-whole.batches // accumulate)
+        own_callbacks.append(ProgressBar(total))
+
+    run = Run(
+        objective,
+        eager,
+        eager,
+        batches,
+        change,
+        seed=seed,
+        optimizer=own_optimizer,
+        schedule=None if schedule is None else schedule(own_optimizer),
+        averages=averages,
+        accumulate=accumulate,
+        validation=held_out,
+        validate_every=validate_every,
+        history=_history(directory, source, ranks),
+        run_dir=directory,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        log_every=log_every,
+        terms_every=terms_every,
+        check_every=check_every,
+        callbacks=own_callbacks,
+        ranks=ranks,
+    )
+    if source is not None:
+        run.restore(source)
+    elif directory is not None and ranks.first:
+        checkpoint.write_config(
+            directory,
+            {
+                "pyro_hvae": pyro_hvae.__version__,
+                "torch": torch.__version__,
+                "factory": factory_record(factory, model, guide),
+                "bound": repr(bound),
+                "optimizer": type(own_optimizer).__name__,
+                "batch_size": batch_size,
+                "data_size": size,
+                "seed": seed,
+                "ema": ema,
+                "store": objective.store_records,
+            },
+        )
+    run.train(steps, epochs)
+    return Result(model, guide, run.history, run.step, run.stopped, averages, directory)
+
+
+def fit_restarts(
+    build: Callable[[], tuple[Any, Any]], data: Any, *, restarts: int, seed: int = 0, **options: Any
+) -> list[Result]:
+    """Train several independently initialised pairs, one after another; as chains they give R-hat its meaning.
+
+    Args:
+        build: makes a fresh (model, guide); torch's generator is seeded before each call.
+        data: as for :func:`fit`.
+        restarts: how many, at least 1.
+        seed: run r is seeded with ``seed + r``.
+        options: of :func:`fit`; ``run_dir`` becomes ``run_dir/restart-<r>``.
+
+    Returns:
+        The results, in order.  The generators are put back afterwards.
+    """
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    run_dir = options.pop("run_dir", None)
+    results = []
+    for number in range(restarts):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + number)
+            model, guide = build()
+            where = None if run_dir is None else Path(run_dir) / f"restart-{number}"
+            results.append(fit(model, guide, data, run_dir=where, **options))
+    return results
+
+
+def _check_arguments(*, epochs: int | None, steps: int | None, **counts: int) -> None:
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"give exactly one of epochs and steps, got epochs={epochs} and steps={steps}")
+    for name, value in {"epochs": epochs, "steps": steps, **counts}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _resume_from(directory: Path | None, resume: bool, ranks: Ranks) -> Path | None:
+    if directory is None:
+        if resume:
+            raise ValueError("resume=True goes on from a run_dir, which is not given")
+        return None
+    if ranks.first:
+        checkpoint.tidy(directory / "checkpoints")
+    ranks.barrier()
+    found = checkpoint.latest(directory / "checkpoints")
+    if found is not None and not resume:
+        raise FileExistsError(
+            f"{directory} already holds a run (its last checkpoint is {found.name}): pass resume=True to go on with "
+            "it, or another run_dir"
+        )
+    return found
+
+
+def _history(directory: Path | None, source: Path | None, ranks: Ranks) -> History:
+    if directory is None or not ranks.first:
+        return History()
+    path = directory / "history.jsonl"
+    if source is not None and path.exists():
+        return History(path, list(History.read(path)))
+    directory.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return History(path)
+
+
+def _transform(transform: Callable[..., Any] | None) -> Callable[[tuple, dict[str, Any]], Batch]:
+    if transform is None:
+        return lambda args, kwargs: (args, kwargs)
+    return lambda args, kwargs: as_batch(transform(*args, **kwargs))
+
+
+def _example(whole: Any, change: Callable[[tuple, dict[str, Any]], Batch]) -> Batch:
+    with torch.random.fork_rng():
+        for args, kwargs in whole.epoch(0):
+            return change(args, kwargs)
+    raise ValueError("the data has no batch: there is nothing to train on")

@@ -1,0 +1,117 @@
+"""What a run has shown so far: one record for each time it was looked at, in memory and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+__all__ = ["History"]
+
+Record = dict[str, Any]
+
+
+class History(Sequence[Record]):
+    """Records of a training run, in order of steps.
+
+    A record holds ``step`` and ``epoch``, and some of: ``loss`` (nats a datum, averaged over the steps since the
+    last record), ``rate``, ``seconds``, the bound's terms by name (nats), and ``validation_loss`` with
+    ``validation_<term>``.  With a ``path`` each record is also a line of JSON there, written when it is made.
+
+    Example:
+        >>> history = History()
+        >>> history.append({"step": 1, "epoch": 0, "loss": 3.5})
+        >>> history.append({"step": 2, "epoch": 0, "loss": 2.5, "kl_z": 0.25})
+        >>> history["loss"]
+        [3.5, 2.5]
+        >>> history.to_pandas().loc[2, "kl_z"]
+        np.float64(0.25)
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, records: Sequence[Record] = ()) -> None:
+        self.path = None if path is None else Path(path)
+        self._records = list(records)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> History:
+        """The history of an earlier run; a last line that was cut short is dropped.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        records = []
+        with open(path, encoding="utf-8") as lines:
+            for line in lines:
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return cls(records=records)
+
+    def append(self, record: Record) -> None:
+        """Add a record, and its line to the file."""
+        self._records.append(record)
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(_plain(record)) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Forget what came after ``step``, in the file too: a resumed run makes these records again."""
+        self._records = [record for record in self._records if record["step"] <= step]
+        if self.path is not None:
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            with open(temporary, "w", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(_plain(record)) + "\n" for record in self._records)
+            os.replace(temporary, self.path)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame indexed by step, one row a step, one column a quantity, NaN where none was recorded."""
+        import pandas
+
+        rows: dict[int, Record] = {}
+        for record in self._records:
+            rows.setdefault(record["step"], {}).update(record)
+        frame = pandas.DataFrame(list(rows.values()))
+        return frame if frame.empty else frame.set_index("step")
+
+    def to_xarray(self) -> Any:
+        """A Dataset over the dimension ``step``."""
+        return self.to_pandas().to_xarray()
+
+    def names(self) -> list[str]:
+        """Every quantity that was recorded, in order of first appearance."""
+        return list(dict.fromkeys(name for record in self._records for name in record))
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    @overload
+    def __getitem__(self, index: str) -> list[Any]: ...
+    def __getitem__(self, index: int | slice | str) -> Any:
+        if isinstance(index, str):
+            found = [record[index] for record in self._records if index in record]
+            if not found:
+                raise KeyError(f"nothing was recorded as {index!r}; recorded: {', '.join(self.names()) or 'nothing'}")
+            return found
+        return self._records[index]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records)
+
+    def __repr__(self) -> str:
+        last = f", last {self._records[-1]}" if self._records else ""
+        return f"History({len(self)} records{last})"
+
+
+def _plain(record: Record) -> Record:
+    """Strict JSON has no NaN."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }

@@ -1,0 +1,94 @@
+"""When the loss stops being a number: go back to the last good state, and find out where it happened.
+
+Looking at the loss after each step would wait for the device, so the sum of the losses is looked at every
+``check_every`` steps; at each look that finds it finite, the state is copied.  After a look that does not, the steps
+since are made again from that copy, eagerly and one by one, with the same batches and the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_hvae.traces import read
+
+__all__ = ["NonFiniteError", "Snapshot", "non_finite_sites"]
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient became NaN or infinite.
+
+    Attributes:
+        step: the step, counted from 1, whose loss or gradient it was; None if the replay did not show it again.
+        sites: what was not finite at that step, in the order of the programs.
+    """
+
+    def __init__(self, message: str, step: int | None, sites: list[str]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.sites = sites
+
+
+class Snapshot:
+    """A copy of tensors that are changed in place, cheap to renew."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self.extra: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def take(self, tensors: Iterable[Tensor], extra: dict[str, Any]) -> None:
+        """Copy ``tensors``, and keep ``extra`` (not copied)."""
+        tensors = list(tensors)
+        if len(tensors) != len(self._tensors) or any(a is not b for a, b in zip(tensors, self._tensors, strict=True)):
+            self._tensors = tensors
+            self._copies = [tensor.detach().clone() for tensor in tensors]
+        else:
+            torch._foreach_copy_(self._copies, [tensor.detach() for tensor in tensors])
+        self.extra = extra
+
+    @torch.no_grad()
+    def restore(self) -> dict[str, Any]:
+        """Put the copies back, and return what was kept with them."""
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            tensor.copy_(copy)
+        return self.extra
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [
+        value
+        for state in optimizer.state.values()
+        if isinstance(state, Mapping)
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+
+
+def non_finite_sites(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> list[str]:
+    """Which draws and log-densities of one run are not finite, in the order they are computed."""
+    with torch.no_grad():
+        try:
+            reading = read(model, guide, args, kwargs, num_particles=num_particles)
+        except ValueError as error:  # the checked run refuses what it meets first, and says what that is
+            return [str(error)]
+        found = [f"the guide's draw of '{name}'" for name, value in reading.values.items() if _bad(value)]
+        found += [f"log q of '{name}'" for name, value in reading.log_q.items() if _bad(value)]
+        found += [f"log p of '{name}'" for name, value in reading.log_p.items() if _bad(value)]
+    return found
+
+
+def non_finite_gradients(objective: nn.Module) -> list[str]:
+    return [
+        f"the gradient of {name}"
+        for name, parameter in objective.named_parameters()
+        if parameter.grad is not None and _bad(parameter.grad)
+    ]
+
+
+def _bad(value: Tensor) -> bool:
+    return value.is_floating_point() and not bool(torch.isfinite(value).all())

@@ -1,0 +1,169 @@
+"""Build the programs of a run directory again."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyro_hvae.training.checkpoint import (
+    CONFIG,
+    STATE,
+    CheckpointError,
+    checkpoints,
+    latest,
+    read_config,
+    read_state,
+    read_weights,
+    restore_weights,
+)
+
+__all__ = ["build", "constraint_from", "constraint_record", "factory_record", "hold", "load"]
+
+
+def factory_record(given: Any, *programs: Any) -> dict[str, Any] | None:
+    """How to build a pair again, ``{"factory": import path, "args": {...}}``: as given, or as the programs carry it.
+
+    Raises:
+        TypeError: for a factory that is neither such a mapping nor a pair of function (or its path) and arguments.
+    """
+    if given is None:
+        records = [getattr(program, "factory", None) for program in programs]
+        given = next((record for record in records if isinstance(record, Mapping)), None)
+        if given is None:
+            return None
+    if isinstance(given, Mapping) and set(given) == {"factory", "args"}:
+        target, arguments = given["factory"], given["args"]
+    elif isinstance(given, tuple) and len(given) == 2:
+        target, arguments = given
+    else:
+        raise TypeError(f"factory must be (function or its import path, arguments), got {given!r}")
+    if not isinstance(target, str):
+        target = f"{target.__module__}:{target.__qualname__}"
+    return {"factory": target, "args": dict(arguments)}
+
+
+def build(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Call a recorded factory.
+
+    Raises:
+        CheckpointError: if it cannot be imported or called any more.
+    """
+    path = record["factory"]
+    module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")[::1]
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+        return target(**record["args"])
+    except (ImportError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"the factory {path} that built this run's programs does not work: {error}") from error
+
+
+def load(
+    run_dir: str | os.PathLike[str], *, which: str = "last", programs: tuple[Any, Any] | None = None, ema: bool = False
+) -> tuple[Any, Any]:
+    """Build the programs of a run directory again, with its weights.
+
+    Args:
+        run_dir: where :func:`pyro_hvae.training.fit` wrote.
+        which: ``"last"``, ``"best"`` (by validation loss), or the name of a checkpoint (``"step-00000100"``).
+        programs: (model, guide) to take the weights, for a run whose config knows no factory.
+        ema: take the exponential moving average of the parameters instead of the parameters.
+
+    Returns:
+        (model, guide), in evaluation mode where they are modules.
+
+    Raises:
+        CheckpointError: naming the file, if it is missing, damaged, or of another architecture.
+    """
+    run_dir = Path(run_dir)
+    config = read_config(run_dir)
+    directory = run_dir / "checkpoints"
+    found = latest(directory) if which == "last" else directory / which
+    if found is None or not found.is_dir():
+        present = [path.name for path in checkpoints(directory)]
+        raise CheckpointError(f"{directory} has no checkpoint {which!r}; it has {present or 'none'}")
+    weights = read_weights(found)
+    if ema:
+        weights.update(_averages(read_state(found), found))
+    if programs is None:
+        if config.get("factory") is None:
+            raise CheckpointError(
+                f"{run_dir / CONFIG} does not say how to build the programs (they were not made by a function of "
+                "pyro_hvae.models, and fit() got no factory=): build them, and pass "
+                "load(run_dir, programs=(model, guide))"
+            )
+        programs = build(config["factory"])
+    target = _Pair(*programs, weights, config.get("store", {}))
+    restore_weights(target, weights, found)
+    for program in programs:
+        if isinstance(program, nn.Module):
+            program.eval()
+    return programs
+
+
+def _averages(state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    if not state.get("ema"):
+        raise CheckpointError(f"{source / STATE} holds no moving average: the run had no ema=")
+    return dict(state["ema"]["parameters"])
+
+
+class _Pair(nn.Module):
+    """Two programs under the names that a checkpoint uses, with the parameters they keep in Pyro's store."""
+
+    def __init__(self, model: Any, guide: Any, weights: Mapping[str, Tensor], store: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model, self.guide = model, guide
+        self.store = nn.ParameterDict()
+        for key, record in store.items():
+            leaf = nn.Parameter(torch.zeros_like(weights[key]))
+            self.store[key.removeprefix("store.")] = leaf
+            hold(record["name"], leaf, constraint_from(record["constraint"]))
+
+
+def hold(name: str, leaf: nn.Parameter, constraint: Any = None) -> None:
+    """Make ``leaf`` the unconstrained value of a name in Pyro's parameter store."""
+    store = pyro.get_param_store()
+    old = store._params.get(name)
+    if old is not None:
+        store._param_to_name.pop(old, None)
+    if constraint is not None:
+        store._constraints[name] = constraint
+    store._params[name] = leaf
+    store._param_to_name[leaf] = name
+
+
+def constraint_record(constraint: Any) -> dict[str, Any]:
+    """A constraint as plain data: its class in ``torch.distributions.constraints`` and its arguments."""
+    arguments = {
+        name.lstrip("_"): constraint_record(value) if isinstance(value, constraints.Constraint) else value
+        for name, value in vars(constraint).items()
+    }
+    return {"class": type(constraint).__name__, "arguments": arguments}
+
+
+def constraint_from(record: Mapping[str, Any]) -> Any:
+    """Undo of :func:`constraint_record`.
+
+    Raises:
+        CheckpointError: for a constraint that is not torch's or Pyro's.
+    """
+    kind = getattr(constraints, record["class"], None)
+    if kind is None:
+        raise CheckpointError(
+            f"constraint {record['class']} of a stored parameter is not one of torch's: build the programs, run them "
+            "once so that they declare their parameters, and resume with fit(..., resume=True)"
+        )
+    arguments = {
+        name: constraint_from(value) if isinstance(value, Mapping) else value
+        for name, value in record["arguments"].items()
+    }
+    return kind(**arguments) if arguments else kind() if isinstance(kind, type) else kind

@@ -1,0 +1,128 @@
+"""One step of training, eagerly: losses, gradients, clipping, the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_hvae.training.feed import Batch
+
+__all__ = ["EagerStep", "adam", "make_optimizer"]
+
+
+class EagerStep:
+    """Zero, backward, clip, step.
+
+    Args:
+        objective: a module whose call gives the loss of a batch.
+        optimizer: over its parameters.
+        clip_norm: the global norm that gradients are cut to, or None.
+        precision: ``"bf16"`` runs the programs under autocast; parameters and optimiser stay as they are.
+        fabric: what the backward pass goes through, if anything.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        precision: str | None = None,
+        fabric: Any = None,
+    ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        if precision not in (None, "bf16"):
+            raise ValueError(
+                f"precision must be None or 'bf16', got {precision!r}; for others (float16 with loss scaling, float8) "
+                "pass fabric=Fabric(precision=...)"
+            )
+        self.objective = objective
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.precision = precision
+        self.fabric = fabric
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def gradients(self, batches: Sequence[Batch]) -> Tensor:
+        """Set the gradients to the mean over ``batches``; the mean loss, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = None
+        for index, (args, kwargs) in enumerate(batches):
+            loss = self._loss(args, kwargs)
+            if len(batches) > 1:
+                loss = loss / len(batches)
+            self._backward(loss, last=index == len(batches) - 1)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def apply(self) -> None:
+        """Clip, and let the optimiser move."""
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
+
+    def __call__(self, batches: Sequence[Batch]) -> Tensor:
+        loss = self.gradients(batches)
+        self.apply()
+        return loss
+
+    def _loss(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if self.precision is None:
+            return self.objective(*args, **kwargs)
+        device = next(iter(self.parameters)).device.type
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return self.objective(*args, **kwargs)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        if self.fabric is None:
+            loss.backward()
+        else:
+            with self.fabric.no_backward_sync(self.objective, enabled=not last):
+                self.fabric.backward(loss)
+
+
+def adam(parameters: Any, lr: float = 1e-3, **options: Any) -> torch.optim.Adam:
+    """One fused Adam over all parameters: what ``fit`` uses unless told otherwise."""
+    return torch.optim.Adam(parameters, lr=lr, fused=True, **options)
+
+
+def make_optimizer(
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None, objective: nn.Module
+) -> torch.optim.Optimizer:
+    """The optimiser of every parameter of the objective that wants a gradient.
+
+    Raises:
+        TypeError: for something that is no torch optimiser and makes none (Pyro's wrappers, for instance).
+        ValueError: if a given optimiser does not hold exactly those parameters.
+    """
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if optimizer is None:
+        return adam(parameters)
+    made: Any = optimizer
+    if not isinstance(made, torch.optim.Optimizer):
+        if not callable(made) or type(made).__module__.startswith("pyro.optim"):
+            raise TypeError(_no_optimizer(made))
+        made = made(parameters)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(_no_optimizer(made))
+    held = {id(p) for group in made.param_groups for p in group["params"]}
+    lost = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in held]
+    if lost:
+        raise ValueError(
+            f"the optimizer does not hold {len(lost)} parameter(s) of the pair, among them {lost[:4]}; pass a function "
+            "of the parameters (such as functools.partial(torch.optim.Adam, lr=1e-3)) and fit() gives it all of them"
+        )
+    return made
+
+
+def _no_optimizer(given: Any) -> str:
+    return (
+        f"optimizer must be a torch.optim.Optimizer, or a function from parameters to one (such as "
+        f"functools.partial(torch.optim.Adam, lr=1e-3)), got {type(given).__name__}; Pyro's optimisers make one for "
+        "each parameter, and belong to pyro.infer.SVI"
+    )
