@@ -41,12 +41,13 @@ __all__ = ["Evidence", "Ladder", "merge"]
 
 
 class Evidence(Kernel):
-    r"""One rung: features d_t = features(d_{t-1}), and evidence about z_t read off them.
+    r"""One rung: features d_t = activation(features(d_{t-1})), and evidence about z_t read off them.
 
     Args:
         features: network from d_{t-1} (and the context, by the rule of :mod:`pyro_hvae.kernels`) to d_t.
         head: network from d_t to (..., 2 d): evidence mean and raw scale, as in
             :class:`~pyro_hvae.kernels.Gaussian`.
+        activation: module applied to the features; default none.
         **options: of ``Gaussian``: ``event_dim``, ``scale``, ``min_scale``.
 
     Example:
@@ -56,14 +57,17 @@ class Evidence(Kernel):
         (torch.Size([4, 7]), torch.Size([4, 3]))
     """
 
-    def __init__(self, features: nn.Module, head: nn.Module, **options: Any) -> None:
+    def __init__(
+        self, features: nn.Module, head: nn.Module, activation: nn.Module | None = None, **options: Any
+    ) -> None:
         super().__init__(features)
+        self.activation = nn.Identity() if activation is None else activation
         self.head = Gaussian(head, **options)
 
     def forward(  # type: ignore[override]
         self, below: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, TorchDistribution]:
-        features = self.parameters_of(below, context)
+        features = self.activation(self.parameters_of(below, context))
         return features, self.head(features)
 
 

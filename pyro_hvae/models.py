@@ -1,0 +1,323 @@
+r"""Ready-made pairs: functions that return (model, guide), built of the kernels and chains that anyone can use.
+
+With events of a given shape and latents z_1, ..., z_T of widths d_1, ..., d_T, all networks perceptrons:
+
+====================  =========================================  =============================================
+function              model                                      guide
+====================  =========================================  =============================================
+:func:`vae`           p(z_1) p(x | z_1)                          q(z_1 | x)
+:func:`hvae`          p(z_T) prod p(z_{t-1} | z_t) p(x | z_1)    bottom-up, q(z_1 | x) prod q(z_t | z_{t-1})
+:func:`ladder_vae`    the same                                   top-down, evidence merged with the model's
+prior ====================  =========================================
+=============================================
+
+``vae`` is ``hvae`` with one layer, parameter for parameter. Every pair records on its programs how it was
+made, as plain
+data: ``model.factory == {"factory": "pyro_hvae.models.hvae", "args": {...}}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyro_hvae.chains import BottomUp, TopDown
+from pyro_hvae.kernels import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogistic,
+    Gaussian,
+    NegativeBinomial,
+    Poisson,
+    StandardNormal,
+)
+from pyro_hvae.kernels.base import join
+from pyro_hvae.ladder import Evidence, Ladder
+from pyro_hvae.nn import MLP
+
+__all__ = ["hvae", "ladder_vae", "vae"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+# kernel, and how many parameters a variable its network yields (side by side along the first event dim)
+LIKELIHOODS: dict[str, tuple[Callable[..., nn.Module], int]] = {
+    "bernoulli": (Bernoulli, 1),
+    "categorical": (Categorical, 1),
+    "discretized_logistic": (DiscretizedLogistic, 2),
+    "gaussian": (Gaussian, 2),
+    "negative_binomial": (NegativeBinomial, 2),
+    "poisson": (Poisson, 1),
+}
+
+Hidden = Sequence[int] | Sequence[Sequence[int]]
+
+
+def vae(
+    event_shape: int | Sequence[int],
+    latent_dim: int,
+    *,
+    hidden: Hidden = (200, 200),
+    likelihood: str = "bernoulli",
+    activation: str = "tanh",
+    scale: str = "softplus",
+    context_dim: int = 0,
+    **likelihood_options: Any,
+) -> tuple[TopDown, BottomUp]:
+    """Variational auto-encoder: p(z_1) p(x | z_1) and q(z_1 | x).
+
+    Args:
+        event_shape: shape of one datum; a number is a width.
+        latent_dim: width of z_1.
+        hidden: widths of the hidden layers of the encoder; the decoder has them reversed.
+        likelihood: ``"bernoulli"``, ``"gaussian"``, ``"discretized_logistic"``, ``"poisson"``,
+            ``"negative_binomial"`` or ``"categorical"`` (integers below ``num_categories``).
+        activation: ``"tanh"``, ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"silu"`` or
+            ``"softplus"``.
+        scale: how Gaussian kernels turn a network's output into a standard deviation, ``"softplus"`` or
+            ``"exp"``.
+        context_dim: width of the context that both programs are to be called with; 0 for none.
+        **likelihood_options: passed on to the likelihood's kernel: ``num_bins``, ``low``, ``high``;
+            ``num_categories``; ``min_scale``.
+
+    Returns:
+        Model and guide.
+
+    Raises:
+        ValueError: for a name that is not known, or a width below 1.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model, guide = vae((1, 8, 8), 5, hidden=(32,))
+        >>> model(size=3).shape
+        torch.Size([3, 1, 8, 8])
+    """
+    args = {**locals(), **likelihood_options}
+    del args["likelihood_options"]
+    model, guide = _pair("vae", args, [latent_dim], BottomUp)
+    return model, guide
+
+
+def hvae(
+    event_shape: int | Sequence[int],
+    latent_dims: Sequence[int],
+    *,
+    hidden: Hidden = (200, 200),
+    likelihood: str = "bernoulli",
+    activation: str = "tanh",
+    scale: str = "softplus",
+    context_dim: int = 0,
+    **likelihood_options: Any,
+) -> tuple[TopDown, BottomUp]:
+    """Markovian hierarchical VAE (seed eq. 15 and 17).
+
+    Args:
+        event_shape: shape of one datum; a number is a width.
+        latent_dims: widths of z_1, ..., z_T, from the data upwards.
+        hidden: widths of hidden layers, for all layers alike or one sequence a layer, from z_1 upwards: q(z_t
+            | z_{t-1}) has those of layer t, and p(z_{t-1} | z_t) has them reversed.
+        likelihood: as in :func:`vae`.
+        activation: as in :func:`vae`.
+        scale: as in :func:`vae`.
+        context_dim: as in :func:`vae`.
+        **likelihood_options: as in :func:`vae`.
+
+    Returns:
+        Model and guide.
+
+    Raises:
+        ValueError: for no layer at all, ``hidden`` that does not fit, a name that is not known, or a width
+            below 1.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model, guide = hvae(64, (8, 4), hidden=[(32,), (16,)])
+        >>> guide(model(size=3))["z2"].shape
+        torch.Size([3, 4])
+    """
+    args = {**locals(), **likelihood_options}
+    del args["likelihood_options"]
+    return _pair("hvae", args, latent_dims, BottomUp)
+
+
+def ladder_vae(
+    event_shape: int | Sequence[int],
+    latent_dims: Sequence[int],
+    *,
+    hidden: Hidden = (200, 200),
+    likelihood: str = "bernoulli",
+    activation: str = "tanh",
+    scale: str = "softplus",
+    context_dim: int = 0,
+    **likelihood_options: Any,
+) -> tuple[TopDown, Ladder]:
+    """Ladder VAE: the model of :func:`hvae` with a guide that runs top-down (:mod:`pyro_hvae.ladder`).
+
+    Rung t has features of the hidden widths of layer t, d_t being the last of them, and a linear head on it.
+
+    Args:
+        event_shape: as in :func:`hvae`.
+        latent_dims: as in :func:`hvae`.
+        hidden: as in :func:`hvae`, with at least one width a layer.
+        likelihood: as in :func:`vae`.
+        activation: as in :func:`vae`.
+        scale: as in :func:`vae`.
+        context_dim: as in :func:`vae`.
+        **likelihood_options: as in :func:`vae`.
+
+    Returns:
+        Model and guide. The guide holds the model and owns the evidence networks only.
+
+    Raises:
+        ValueError: as :func:`hvae`.
+
+    Reference: Ladder Variational Autoencoders (Sønderby et al., 2016).
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model, guide = ladder_vae(64, (8, 4), hidden=(32,))
+        >>> list(guide(model(size=3)))
+        ['z2', 'z1']
+    """
+    args = {**locals(), **likelihood_options}
+    del args["likelihood_options"]
+    return _pair("ladder_vae", args, latent_dims, Ladder)
+
+
+def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type) -> tuple[TopDown, Any]:
+    """Model and guide of the asked family, networks made in one order whatever the family."""
+    dims = list(dims)
+    if not dims or min(dims) < 1:
+        raise ValueError(f"latent_dims holds the widths of z_1, ..., z_T, at least one and each >= 1; got {dims}.")
+    shape = args["event_shape"]
+    event: tuple[int, ...] = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not event or min(event) < 1:
+        raise ValueError(f"event_shape must hold at least one size, all >= 1; got {shape}.")
+    activation = _named("activation", args["activation"], ACTIVATIONS)
+    likelihood, count = _named("likelihood", args["likelihood"], LIKELIHOODS)
+    hidden = _layers(args["hidden"], len(dims))
+    context = args["context_dim"]
+    options = {
+        key: value
+        for key, value in args.items()
+        if key
+        not in (
+            "event_shape",
+            "latent_dim",
+            "latent_dims",
+            "hidden",
+            "likelihood",
+            "activation",
+            "scale",
+            "context_dim",
+        )
+    }
+    scale = args["scale"]
+
+    def net(before: int | tuple[int, ...], after: int | tuple[int, ...], widths: Sequence[int]) -> nn.Module:
+        inner = MLP(_width(before) + context, _width(after), widths, activation)
+        if all(isinstance(shape, int) or len(shape) == 1 for shape in (before, after)):
+            return inner
+        return Folded(inner, before, after)
+
+    out = (count * event[0], *event[1:])
+    if args["likelihood"] == "categorical":
+        if "num_categories" not in options:
+            raise ValueError("likelihood='categorical' needs num_categories=, the number of values of a variable.")
+        out = (*event, options.pop("num_categories"))
+    decoders = [
+        Gaussian(net(above, 2 * here, widths[::-1]), scale=scale)
+        for here, above, widths in zip(dims, dims[1:], hidden[1:])
+    ]
+    kernels: dict[str, nn.Module] = {f"z{len(dims)}": StandardNormal(dims[-1])}
+    kernels.update({f"z{t}": decoders[t - 1] for t in range(len(dims) - 1, 0, -1)})
+    kernels["x"] = likelihood(net(dims[0], out, hidden[0][::-1]), len(event), **options)
+
+    model = TopDown(**kernels)  # type: ignore[arg-type]
+
+    guide: BottomUp | Ladder
+    if family is Ladder:
+        if not all(hidden):
+            raise ValueError("a ladder's rungs need at least one hidden width each: their features are what goes up.")
+        features: list[Any] = [event, *(widths[-1] for widths in hidden)]
+        rungs = {
+            f"z{t + 1}": Evidence(
+                net(features[t], features[t + 1], hidden[t][:-1]),
+                nn.Linear(hidden[t][-1], 2 * dims[t]),
+                activation(),
+                scale=scale,
+            )
+            for t in range(len(dims))
+        }
+        guide = Ladder(model, **rungs)
+    else:
+        below: list[Any] = [event, *dims]
+        encoders = [net(below[t], 2 * dims[t], hidden[t]) for t in range(len(dims))]
+        guide = BottomUp(**{f"z{t + 1}": Gaussian(encoder, scale=scale) for t, encoder in enumerate(encoders)})
+    record = {"factory": f"pyro_hvae.models.{factory}", "args": _plain(args)}
+    model.factory = guide.factory = record
+    return model, guide
+
+
+class Folded(nn.Module):
+    """A network over vectors between events of other shapes: flatten, join the context, call, fold.
+
+    Args:
+        net: network from vectors (..., c + prod(before)) to vectors (..., prod(after)).
+        before: shape of the input's events.
+        after: shape of the output's events.
+    """
+
+    def __init__(self, net: nn.Module, before: int | tuple[int, ...], after: int | tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.before = (before,) if isinstance(before, int) else before
+        self.after = (after,) if isinstance(after, int) else after
+
+    def forward(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """(..., *before) and (..., c) to (..., *after)."""
+        value = value.reshape(*value.shape[: value.dim() - len(self.before)], math.prod(self.before))
+        found = self.net(value if context is None else join(value, context))
+        return found.reshape(*found.shape[:-1], *self.after)
+
+
+def _width(shape: int | tuple[int, ...]) -> int:
+    return shape if isinstance(shape, int) else math.prod(shape)
+
+
+def _layers(hidden: Hidden, depth: int) -> list[list[int]]:
+    """Hidden widths, one list a layer."""
+    given: list[Any] = list(hidden)
+    if all(isinstance(width, int) for width in given):
+        return [list(given) for _ in range(depth)]
+    if any(isinstance(width, int) for width in given) or len(given) != depth:
+        raise ValueError(
+            f"hidden is one sequence of widths for all layers, or a sequence a layer, {depth} of them; got {hidden}."
+        )
+    return [list(widths) for widths in given]
+
+
+def _named(what: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, sorted(known)))}; got {name!r}.")
+    return known[name]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that the record survives JSON and YAML unchanged."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
