@@ -1,0 +1,382 @@
+r"""Data to start with, and batches of whatever fits in memory.
+
+- :func:`digits`: 1797 handwritten digits, 8 x 8, that come with scikit-learn.
+- :func:`idx_folder`: a folder of IDX files, the format of MNIST and its relatives, plain or compressed by gzip.
+- :func:`binarize`: grey values to zeros and ones, by a threshold or at random.
+- :class:`Batches`: batches by index over whole tensors.
+
+**Grey pixels and Bernoulli.** A grey value g in [0, 1] isn't in the support of a Bernoulli likelihood. Published
+likelihoods of MNIST come from images redrawn as x ~ Bernoulli(g) whenever they are used in training; that is
+``transform=binarize``, here or in ``fit``. Likelihoods of images binarised once, or by a threshold, are
+other numbers and can't be compared with them.
+
+**Speed.** Collating single images costs more than a training step of a small model: everything here indexes whole
+tensors by whole batches, one ``index_select`` a tensor and batch.
+
+The IDX format: two zero bytes, a byte for the type, a byte for the number of dims, the sizes as big-endian 32-bit
+integers, then the values in C order (The MNIST database, LeCun, Cortes and Burges, 1998).
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Batches", "Split", "binarize", "check_finite", "check_unit_interval", "digits", "idx_folder", "read_idx"]
+
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+class Split(NamedTuple):
+    """Images to train on and images held out.
+
+    Attributes:
+        train: (N, D) or (N, C, H, W), values in [0, 1], default dtype.
+        test: (M, D) or (M, C, H, W).
+        train_labels: (N,) int64, or ``None``.
+        test_labels: (M,) int64, or ``None``.
+    """
+
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor | None
+    test_labels: Tensor | None
+
+
+def digits(*, flat: bool = True) -> Split:
+    """Load scikit-learn's handwritten digits: 8 x 8 pixels with 17 grey levels, scaled to [0, 1].
+
+    Every fifth image is held out: 1437 to train on, 360 to test, the same on every machine.
+
+    Args:
+        flat: images as vectors of 64; otherwise as (1, 8, 8).
+
+    Raises:
+        ImportError: without scikit-learn, which the extra ``demo`` installs.
+
+    Reference: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (Alpaydin and Kaynak, 1998).
+
+    Example:
+        >>> data = digits()
+        >>> data.train.shape, data.test.shape, float(data.train.max())
+        (torch.Size([1437, 64]), torch.Size([360, 64]), 1.0)
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "digits() reads images that come with scikit-learn, which is not installed: pip install 'pyro-hvae[demo]'"
+        ) from error
+    raw = load_digits()
+    images = torch.as_tensor(raw.images / 16.0, dtype=torch.get_default_dtype())
+    labels = torch.as_tensor(raw.target, dtype=torch.int64)
+    images = images.reshape(len(images), -1) if flat else images.unsqueeze(1)
+    held_out = torch.arange(len(images)) % 5 == 0
+    return Split(images[~held_out], images[held_out], labels[~held_out], labels[held_out])
+
+
+def idx_folder(path: str | Path, *, flat: bool = True) -> Split:
+    """Load a folder of images in MNIST's format, grey values scaled to [0, 1].
+
+    The files are found by name: ``train-images*`` and ``t10k-images*`` (or ``test-images*``), with labels
+    ``train-labels*`` and so on where there are any; a name ending in ``.gz`` is decompressed.
+
+    Args:
+        path: the folder.
+        flat: images as vectors of H W; otherwise as (1, H, W).
+
+    Raises:
+        FileNotFoundError: if the folder or one of the two image files is missing, with what was looked for and found.
+        ValueError: for a file that :func:`read_idx` refuses, images that are not (N, H, W) bytes, or labels that
+            don't match the images in number.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> header = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 1, 2)
+        >>> for part in ("train", "t10k"):
+        ...     _ = (folder / f"{part}-images-idx3-ubyte").write_bytes(header + bytes([0, 255, 51, 102]))
+        >>> idx_folder(folder).train
+        tensor([[0.0000, 1.0000],
+                [0.2000, 0.4000]])
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}: idx_folder wants the one that holds the IDX files.")
+    train, train_labels = _part(folder, ("train",), flat)
+    test, test_labels = _part(folder, ("t10k", "test"), flat)
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(
+            f"the training images of {str(folder)!r} have shape {tuple(train.shape[1:])} and the test images "
+            f"{tuple(test.shape[1:])}: they must be alike."
+        )
+    return Split(train, test, train_labels, test_labels)
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """Read one IDX file, plain or compressed by gzip.
+
+    Returns:
+        The array with the file's own shape and type, in the machine's byte order.
+
+    Raises:
+        ValueError: if the file is not IDX (its first bytes are shown), has an unknown type, or is shorter or longer
+            than its header says.
+    """
+    path = Path(path)
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} is a gzip file that can't be decompressed ({error}): copy it again.") from error
+    if len(raw) < 4 or raw[:2] != b"\0\0":
+        raise ValueError(
+            f"{path} is not an IDX file: it begins with {raw[:4].hex(' ') or 'nothing'}, where 00 00, a type and a "
+            "number of dims were expected."
+        )
+    code, num_dims = raw[2], raw[3]
+    if code not in _IDX_TYPES:
+        known = ", ".join(f"{key:#04x} {np.dtype(name).name}" for key, name in _IDX_TYPES.items())
+        raise ValueError(f"{path} has the unknown IDX type {code:#04x}; the types are {known}.")
+    start = 4 + 4 * num_dims
+    if len(raw) < start:
+        raise ValueError(f"{path} ends within its header: {len(raw)} bytes, where {num_dims} dims need {start}.")
+    shape = struct.unpack(f">{num_dims}I", raw[4:start])
+    dtype = np.dtype(_IDX_TYPES[code])
+    expected = start + math.prod(shape) * dtype.itemsize
+    if len(raw) != expected:
+        state = "truncated" if len(raw) < expected else "too long"
+        raise ValueError(
+            f"{path} is {state}: {len(raw)} bytes, where its header (shape {shape}, {dtype.name}) needs {expected}."
+        )
+    return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def binarize(x: Tensor, *, threshold: float | None = None, generator: torch.Generator | None = None) -> Tensor:
+    r"""Turn grey values into zeros and ones: x ~ Bernoulli(g) anew at each call, or x = 1 where g > threshold.
+
+    For binarisation once and for all, call it once; for a new draw whenever an image is used, pass the function itself:
+    ``fit(..., transform=binarize)`` or ``Batches(..., transform=binarize)``.
+
+    Args:
+        x: grey values g in [0, 1], any shape.
+        threshold: cut there and draw nothing.
+        generator: of the draw; by default torch's own.
+
+    Raises:
+        ValueError: for NaN or values outside [0, 1], with their count and the first index; checked on the CPU only,
+            where it costs no synchronisation.
+
+    Reference: On the quantitative analysis of deep belief networks (Salakhutdinov and Murray, 2008).
+
+    Example:
+        >>> binarize(torch.tensor([0.0, 0.4, 0.6, 1.0]), threshold=0.5)
+        tensor([0., 0., 1., 1.])
+        >>> draws = binarize(torch.full((10_000,), 0.3))
+        >>> draws.unique().tolist(), abs(draws.mean().item() - 0.3) < 0.02
+        ([0.0, 1.0], True)
+    """
+    if x.device.type == "cpu":
+        check_unit_interval(x)
+    if threshold is None:
+        return torch.bernoulli(x, generator=generator)
+    return (x > threshold).to(x.dtype)
+
+
+def check_finite(x: Tensor, name: str = "x", mask: Tensor | None = None) -> None:
+    """Refuse NaN and infinite values, except where a mask says that nothing was observed.
+
+    Raises:
+        ValueError: with the count of such values, the first one and its index.
+    """
+    if not x.is_floating_point():
+        return
+    bad = ~x.isfinite()
+    if mask is not None:
+        bad = bad & mask
+    _refuse(bad, x, name, "NaN or infinite", "Drop those data, or mark the entries as missing by mask= (False there).")
+
+
+def check_unit_interval(x: Tensor, name: str = "x") -> None:
+    """Refuse values outside [0, 1], NaN included.
+
+    Raises:
+        ValueError: with the count of such values, the first one and its index.
+    """
+    _refuse(~((x >= 0) & (x <= 1)), x, name, "outside [0, 1]", "Scale grey levels by their largest, e.g. x / 255.")
+
+
+class Batches:
+    """Batches over whole tensors in memory, by index.
+
+    An item is what the programs are called with: the tensor where one was given, a tuple of several, or a dict of those
+    given by name. An epoch in progress can be saved and continued: :meth:`state_dict` holds the state
+    of the generator and the position.
+
+    Args:
+        *tensors: each (N, ...); all have the same N.
+        batch_size: data in one batch, >= 1.
+        shuffle: a new order each epoch, from ``seed``.
+        drop_last: leave out a smaller last batch.
+        seed: of the order.
+        device: where all tensors are put, once.
+        transform: called on each batch's first tensor (``x`` of those named, if there is one), e.g. :func:`binarize`.
+        **named: tensors by name, e.g. ``x=``, ``context=``, ``mask=``.
+
+    Attributes:
+        data_size: N.
+        epoch: number of epochs completed.
+
+    Raises:
+        ValueError: for no tensors, tensors by position and by name at once, several N, none at all, NaN or
+            infinities (where ``mask`` is not False) or ``batch_size < 1``.
+
+    Example:
+        >>> batches = Batches(torch.arange(5.0), torch.arange(5) * 10, batch_size=2, shuffle=False)
+        >>> [(x.tolist(), label.tolist()) for x, label in batches]
+        [([0.0, 1.0], [0, 10]), ([2.0, 3.0], [20, 30]), ([4.0], [40])]
+    """
+
+    def __init__(
+        self,
+        *tensors: Tensor,
+        batch_size: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        **named: Tensor,
+    ) -> None:
+        if bool(tensors) == bool(named):
+            raise ValueError("give tensors either by position or by name, at least one.")
+        values = named or {f"tensor {number}": value for number, value in enumerate(tensors)}
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+        sizes = {name: len(value) if value.dim() else 0 for name, value in values.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"all tensors must have the same number of data; they have {sizes}.")
+        self.data_size = next(iter(sizes.values()))
+        if not self.data_size:
+            raise ValueError("there are no data: N = 0.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}.")
+        if drop_last and batch_size > self.data_size:
+            raise ValueError(f"drop_last leaves no batch: batch_size is {batch_size}, N is {self.data_size}.")
+        for name, value in values.items():
+            mask = named.get("mask") if name == "x" else None
+            check_finite(value, name, mask if mask is not None and mask.shape == value.shape else None)
+        self._values = {name: value.to(device) for name, value in values.items()}
+        self._named = bool(named)
+        self._transformed = "x" if "x" in self._values else next(iter(self._values))
+        self.batch_size, self.shuffle, self.drop_last, self.transform = batch_size, shuffle, drop_last, transform
+        self._generator = torch.Generator().manual_seed(seed)
+        self._start_of_epoch = self._generator.get_state()
+        self._position, self._resume = 0, False
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.data_size, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    @property
+    def dataset(self) -> Tensor:
+        """The first tensor, as a ``DataLoader`` names what it draws from; its length is N."""
+        return self._values[self._transformed]
+
+    def __iter__(self) -> Iterator[Any]:
+        """One epoch; after :meth:`load_state_dict` the rest of the epoch that was saved."""
+        if self._resume:
+            self._generator.set_state(self._start_of_epoch)
+        else:
+            self._start_of_epoch, self._position = self._generator.get_state(), 0
+        self._resume = False
+        order = torch.randperm(self.data_size, generator=self._generator) if self.shuffle else None
+        for position in range(self._position, len(self)):
+            begin = position * self.batch_size
+            end = min(begin + self.batch_size, self.data_size)
+            batch = {
+                name: value[begin:end] if order is None else value.index_select(0, order[begin:end].to(value.device))
+                for name, value in self._values.items()
+            }
+            if self.transform is not None:
+                batch[self._transformed] = self.transform(batch[self._transformed])
+            self._position = position + 1
+            if self._position == len(self):
+                self.epoch += 1
+            if self._named:
+                yield batch
+            else:
+                yield tuple(batch.values()) if len(batch) > 1 else batch[self._transformed]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands: after the batch that was last handed out."""
+        done = self._position == len(self)
+        return {
+            "generator": self._generator.get_state() if done else self._start_of_epoch.clone(),
+            "position": 0 if done else self._position,
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; the next iteration yields what is left of its epoch.
+
+        Raises:
+            ValueError: for a position beyond the number of batches.
+        """
+        if not 0 <= state["position"] < len(self):
+            raise ValueError(
+                f"the state stands at batch {state['position']}, but an epoch has {len(self)}: it was saved with "
+                "other data or another batch_size."
+            )
+        self._start_of_epoch, self._position = state["generator"], state["position"]
+        self.epoch, self._resume = state["epoch"], True
+
+
+def _part(folder: Path, prefixes: tuple[str, ...], flat: bool) -> tuple[Tensor, Tensor | None]:
+    """The images of one part of a folder, and its labels where there are any."""
+    image_file, label_file = _find(folder, prefixes, "images"), _find(folder, prefixes, "labels")
+    if image_file is None:
+        names = " or ".join(f"{prefix}-images*" for prefix in prefixes)
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
+        raise FileNotFoundError(f"no {names} in {str(folder)!r}, which holds {found}.")
+    raw = read_idx(image_file)
+    if raw.dtype != np.uint8 or raw.ndim != 3:
+        raise ValueError(f"{image_file} holds {raw.dtype.name} of shape {raw.shape}; images are uint8 (N, H, W).")
+    images = torch.from_numpy(raw).to(torch.get_default_dtype()).div_(255.0)
+    images = images.flatten(1) if flat else images.unsqueeze(1)
+    if label_file is None:
+        return images, None
+    labels = read_idx(label_file)
+    if labels.shape != (len(images),):
+        raise ValueError(f"{label_file} holds labels of shape {labels.shape} for {len(images)} images.")
+    return images, torch.from_numpy(labels.astype(np.int64))
+
+
+def _find(folder: Path, prefixes: tuple[str, ...], kind: str) -> Path | None:
+    for prefix in prefixes:
+        files = sorted(file for file in folder.glob(f"{prefix}[-_.]{kind}*") if file.is_file())
+        if files:
+            return files[0]  # a plain file sorts before its .gz
+    return None
+
+
+def _refuse(bad: Tensor, x: Tensor, name: str, what: str, instead: str) -> None:
+    count = int(bad.sum())
+    if count:
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{count} of {x.numel()} values of {name} are {what}; "
+            f"the first is {x[first].item():g} at index {first}. {instead}"
+        )
