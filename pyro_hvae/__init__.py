@@ -4,6 +4,8 @@ A generative chain and an inference chain, in opposite directions, are all three
 diagnostics read the traces of any pair of Pyro programs.
 """
 
+__version__ = "0.1.0"
+
 from pyro_hvae.bounds import (
     CUBO,
     EUBO,
@@ -18,21 +20,61 @@ from pyro_hvae.bounds import (
     WakePhase,
     explain,
 )
-
-__version__ = "0.1.0"
+from pyro_hvae.chains import BottomUp, TopDown
+from pyro_hvae.coding import decode, encode, impute, reconstruct
+from pyro_hvae.kernels import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogistic,
+    Flow,
+    Gaussian,
+    LinearGaussian,
+    NegativeBinomial,
+    Poisson,
+    StandardNormal,
+    Transition,
+    WithoutContext,
+)
+from pyro_hvae.ladder import Ladder
+from pyro_hvae.models import hvae, ladder_vae, vae
+from pyro_hvae.training import fit, fit_restarts, load
 
 __all__ = [
     "CUBO",
     "EUBO",
     "IWELBO",
+    "Bernoulli",
+    "BottomUp",
+    "Categorical",
+    "DiscretizedLogistic",
+    "Flow",
+    "Gaussian",
+    "Ladder",
     "LayerwiseELBO",
+    "LinearGaussian",
+    "NegativeBinomial",
+    "Poisson",
     "Regularised",
     "ReweightedWakeSleep",
     "SleepPhase",
+    "StandardNormal",
     "ThermodynamicBound",
+    "TopDown",
     "TraceELBO",
+    "Transition",
     "VRBound",
     "WakePhase",
+    "WithoutContext",
     "__version__",
+    "decode",
+    "encode",
     "explain",
+    "fit",
+    "fit_restarts",
+    "hvae",
+    "impute",
+    "ladder_vae",
+    "load",
+    "reconstruct",
+    "vae",
 ]
