@@ -17,7 +17,9 @@ program: one ``pyro.sample`` a kernel, named as the keyword that gave it, all in
     over the data, so ``poutine.condition``, ``Predictive``, ``NUTS`` and every estimator of Pyro apply.
 
 **Context.** ``context`` is passed to every kernel as its second argument; kernels are called with the parent
-alone where there is none.
+alone where there is none. Pyro's own handlers take a keyword of that name for themselves, so give it by
+position where they wrap a program: ``svi.step(x, context)``, ``poutine.condition(model, data)(None,
+context)``.
 
 **Missing data.** ``mask`` is boolean, True where observed, of the shape of x, or (N,) for whole data. A
 masked entry is dropped from the likelihood (its log-density counts as 0) and the guide is shown 0 in its
@@ -228,8 +230,8 @@ class TopDown(Chain):
     def forward(
         self,
         x: Tensor | None = None,
-        *,
         context: Any = None,
+        *,
         mask: Tensor | None = None,
         size: int | None = None,
         data_size: int | None = None,
@@ -308,7 +310,7 @@ class BottomUp(Chain):
         super().__init__(name, plate, kernels)
 
     def forward(
-        self, x: Tensor, *, context: Any = None, mask: Tensor | None = None, data_size: int | None = None
+        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
     ) -> dict[str, Tensor]:
         """Draw the latents given x.
 

@@ -30,7 +30,7 @@ __all__ = ["decode", "encode", "impute", "reconstruct"]
 
 
 class _Means(Messenger):
-    """Every latent at its conditional mean."""
+    """Every latent at its conditional mean. To be entered before the plates, which expand the distributions."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and isinstance(msg["fn"], TorchDistribution | torch.distributions.Distribution):
@@ -67,7 +67,7 @@ def encode(
         >>> encode(guide, torch.zeros(3, 6), num_draws=5)["z1"].shape
         torch.Size([5, 3, 2])
     """
-    with torch.no_grad(), _draws(num_draws), _Means() if mean else nullcontext():
+    with torch.no_grad(), _Means() if mean else nullcontext(), _draws(num_draws):
         trace = poutine.trace(guide).get_trace(x, context=context, mask=mask)
     return {site: trace.nodes[site]["value"] for site in trace.stochastic_nodes if site != guide.plate_name}
 

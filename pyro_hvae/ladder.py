@@ -118,7 +118,7 @@ class Ladder(Chain):
         return self._held[0]
 
     def forward(
-        self, x: Tensor, *, context: Any = None, mask: Tensor | None = None, data_size: int | None = None
+        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
     ) -> dict[str, Tensor]:
         """Draw the latents from the top down given x.
 
