@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -112,7 +113,7 @@ def _edges(
         for name, value in tracker.values.items():
             draws.nodes[name] = {**draws.nodes[name], "value": value}
         tracker.edges.clear()
-        model_trace = poutine.trace(poutine.replay(model, trace=draws)).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(partial(model, *args, **kwargs), trace=draws)).get_trace()
         in_model = {site["name"]: tracker.parents(site["fn"], site["value"]) for site in sample_sites(model_trace)}
     return in_model, in_guide
 
