@@ -22,6 +22,7 @@ from pyro_hvae.bounds import (
 )
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.coding import decode, encode, impute, reconstruct
+from pyro_hvae.diagnostics import to_datatree
 from pyro_hvae.kernels import (
     Bernoulli,
     Categorical,
@@ -76,5 +77,6 @@ __all__ = [
     "ladder_vae",
     "load",
     "reconstruct",
+    "to_datatree",
     "vae",
 ]

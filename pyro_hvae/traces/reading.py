@@ -134,7 +134,8 @@ class Reading:
             freeze: stop the gradient at the parameters of model and guide; the paths from layer to layer stay.
             detach: stop the gradient at the draws.
         """
-        model_trace, guide_trace = self._rerun(self.guide_trace, freeze=freeze, detach=detach)
+        named_in = (self.model_trace, self.guide_trace) if freeze else ()
+        model_trace, guide_trace = self._rerun(self.guide_trace, freeze=named_in, detach=detach)
         return Reading(model_trace, guide_trace, self.structure, self.num_particles, self._rerun, self.plates)
 
     def over(self, plates: tuple[Plate, ...]) -> Reading:

@@ -96,8 +96,8 @@ def _executed(
     once: frozenset[str],
     draws: Trace | None = None,
 ) -> Reading:
-    def execute(draws: Trace | None, *, freeze: bool = False, detach: bool = False) -> tuple[Trace, Trace]:
-        run_model, run_guide = _bare(model), _bare(guide)
+    def execute(draws: Trace | None, *, freeze: tuple[Trace, ...] = (), detach: bool = False) -> tuple[Trace, Trace]:
+        (run_model, run_guide), rest = bind_context((_bare(model), _bare(guide)), kwargs)
         if any(site.role == "enumerated" for site in found.sites.values()):
             run_model = enumerated(run_model, found, num_particles)
         if num_particles > 1:
@@ -105,13 +105,26 @@ def _executed(
             run_model, run_guide = particles(run_model), particles(run_guide)
         with (
             pyro.validation_enabled(False),
-            frozen(trainable(model, guide, draws)) if freeze else nullcontext(),
+            frozen(trainable(model, guide, *freeze)) if freeze else nullcontext(),
         ):
-            return run_pair(run_model, run_guide, args, kwargs, draws=draws, detach=detach)
+            return run_pair(run_model, run_guide, args, rest, draws=draws, detach=detach)
 
     model_trace, guide_trace = execute(draws)
     found = _current(found, model_trace, guide_trace, model, guide)
     return Reading(model_trace, guide_trace, found, num_particles, execute)
+
+
+class _EventDims(Messenger):
+    """Note the names that programs give to event dims, before a replay puts the guide's options in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, tuple[str, ...]] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        names = (msg["infer"] or {}).get("event_dims")
+        if names:
+            self.found[msg["name"]] = tuple(names)
 
 
 _REGISTER: ContextVar[bool] = ContextVar("register", default=True)
@@ -139,6 +152,16 @@ def _bare(program: Program) -> Program:
     return program if random else partial(torch.nn.Module.__call__, program)
 
 
+def bind_context(
+    programs: tuple[Program, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Program, ...], Mapping[str, Any]]:
+    """Bind a keyword ``context`` to the programs: Pyro's handlers take that name for themselves when they wrap one."""
+    if "context" not in kwargs:
+        return programs, kwargs
+    rest = {name: value for name, value in kwargs.items() if name != "context"}
+    return tuple(partial(program, context=kwargs["context"]) for program in programs), rest
+
+
 def run_pair(
     model: Program,
     guide: Program,
@@ -149,6 +172,7 @@ def run_pair(
     detach: bool = False,
 ) -> tuple[Trace, Trace]:
     """The traces of model and guide; with ``draws``, the guide is replayed on them instead of drawing anew."""
+    (model, guide), kwargs = bind_context((model, guide), kwargs)
     if draws is not None:
         if detach:
             draws = draws.copy()
@@ -268,6 +292,7 @@ def log_joint(
     draws = Trace()
     for name, value in values.items():
         draws.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
+    (model,), kwargs = bind_context((model,), kwargs)
     run = model if num_particles == 1 else _Particles(num_particles, -max_plate_nesting - 1, frozenset())(model)
     with pyro.validation_enabled(False):
         trace = poutine.trace(poutine.replay(run, trace=draws)).get_trace(*args, **kwargs)
@@ -317,9 +342,10 @@ def structure(model: Program, guide: Program, args: tuple = (), kwargs: Mapping[
     key = _argument_key(args, kwargs)
     found = cache.by_arguments.get(key)
     if found is None:
+        naming = _EventDims()
         with isolated(model, guide):
-            model_trace, guide_trace = run_pair(model, guide, args, kwargs)
-        found = structure_of(model_trace, guide_trace)
+            model_trace, guide_trace = run_pair(naming(model), naming(guide), args, kwargs)
+        found = structure_of(model_trace, guide_trace, naming.found)
         check_values(model_trace, guide_trace)
         cache.by_arguments[key] = cache.by_signature[found.signature] = found
     return found
@@ -362,9 +388,10 @@ def isolated(*programs: Program) -> Iterator[None]:
     Running statistics of batch norm are restored too.
     """
     buffers = [buffer for program in programs if isinstance(program, torch.nn.Module) for buffer in program.buffers()]
-    kept = [buffer.clone() for buffer in buffers]
+    kept = [(buffer._version, buffer.clone()) for buffer in buffers]
     with torch.random.fork_rng(), poutine.block():
         yield
     with torch.no_grad():
-        for buffer, value in zip(buffers, kept, strict=True):
-            buffer.copy_(value)
+        for buffer, (version, value) in zip(buffers, kept, strict=True):
+            if buffer._version != version:  # a graph may hold one that no run has touched
+                buffer.copy_(value)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -38,7 +38,8 @@ class SiteInfo:
     """One sample site of the pair.
 
     ``role`` is ``"latent"`` (in the model, drawn by the guide), ``"observed"`` (in the model, given),
-    ``"enumerated"`` (in the model, summed out) or ``"auxiliary"`` (in the guide alone).
+    ``"enumerated"`` (in the model, summed out) or ``"auxiliary"`` (in the guide alone).  ``event_dims`` are the names
+    that either program gives by ``infer={"event_dims": [...]}``.
     """
 
     name: str
@@ -49,6 +50,7 @@ class SiteInfo:
     guide_distribution: str | None
     user_scaled: bool
     masked: bool
+    event_dims: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,13 @@ def is_enumerated(site: dict[str, Any]) -> bool:
     return site["infer"].get("enumerate") == "parallel" and not site["is_observed"]
 
 
-def structure_of(model_trace: Trace, guide_trace: Trace) -> Structure:
+def structure_of(
+    model_trace: Trace, guide_trace: Trace, event_dims: Mapping[str, tuple[str, ...]] | None = None
+) -> Structure:
     """Build the :class:`Structure` of two traces of one pair.
+
+    Args:
+        event_dims: names of event dims by site, which a replay has taken off the model's trace.
 
     Raises:
         ValueError: if a latent site of the model has no draw in the guide, or the guide has a site that the
@@ -135,6 +142,9 @@ def structure_of(model_trace: Trace, guide_trace: Trace) -> Structure:
     for name, site in guide_sites.items():
         if name not in infos:
             infos[name] = _info(name, "auxiliary", None, site)
+    for name, names in ({} if event_dims is None else event_dims).items():
+        if name in infos:
+            infos[name] = replace(infos[name], event_dims=names)
 
     dims = [plate.dim for info in infos.values() for plate in info.plates if plate.dim is not None]
     return Structure(
