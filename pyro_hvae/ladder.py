@@ -25,6 +25,7 @@ Reference: Ladder Variational Autoencoders (Sønderby et al., 2016).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -144,7 +145,9 @@ class Ladder(Chain):
         value: Any = None
         evidence: dict[str, TorchDistribution] = {}
         below = shown(x, mask)
-        with self.data_plate(size, data_size, x.device), model._pyro_context:
+        # the model's parameters are named in its own context, and only where this program's own are
+        naming = model._pyro_context if self._pyro_context.active else nullcontext()
+        with self.data_plate(size, data_size, x.device), naming:
             for site, module, _ in self.steps():
                 found = self.call(site, module, below, context)
                 below, evidence[site] = found if isinstance(found, tuple) else (found.mean, found)

@@ -10,6 +10,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import nn
 
+from pyro_hvae import IWELBO, LayerwiseELBO, TraceELBO
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.coding import decode, encode, impute, reconstruct
 from pyro_hvae.kernels import Categorical, LinearGaussian, StandardNormal
@@ -59,6 +60,26 @@ def test_context(factory, shape):
     x = model(context=context)
     found = gradients(model, guide, x, context)
     assert all(gradient.abs().sum() > 0 for gradient in found)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("bound", [TraceELBO(2), LayerwiseELBO(), IWELBO(3)])
+def test_bounds_take_the_context_by_position_and_by_name(factory, bound):
+    model, guide = FACTORIES[factory](context_dim=4)
+    x, context = torch.zeros(5, 6), torch.randn(5, 4)
+    torch.manual_seed(1)
+    by_position = bound.per_datum(model, guide, x, context)
+    torch.manual_seed(1)
+    torch.testing.assert_close(bound.per_datum(model, guide, x, context=context), by_position)
+    bound(model, guide)(x, context=context).backward()
+
+
+def test_only_a_guide_in_the_models_direction_has_a_true_kl_below_the_top():
+    x = torch.zeros(5, 6)
+    terms = {name: set(LayerwiseELBO().terms(*make(), x)) for name, make in FACTORIES.items()}
+    assert terms["vae"] == {"reconstruction", "kl_z1"}
+    assert terms["hvae"] == {"reconstruction", "kl_z2", "rate_z1"}
+    assert terms["ladder"] == {"reconstruction", "kl_z2", "kl_z1"}
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
