@@ -12,9 +12,8 @@ and its approximate posterior (seed eq. 16, 17) is :class:`BottomUp`,
     q_\phi(z_1, \dots, z_T \mid x) = q_\phi(z_1 \mid x) \prod_{t=2}^T q_\phi(z_t \mid z_{t-1}).
 
 A VAE is the case T = 1. A posterior that runs top-down is :class:`pyro_hvae.ladder.Ladder`. Calling a chain
-runs a Pyro
-program: one ``pyro.sample`` a kernel, named as the keyword that gave it, all inside one plate at ``dim=-1``
-    over the data, so ``poutine.condition``, ``Predictive``, ``NUTS`` and every estimator of Pyro apply.
+runs a Pyro program: one ``pyro.sample`` a kernel, named as the keyword that gave it, all inside one plate at
+``dim=-1`` over the data, so ``poutine.condition``, ``Predictive``, ``NUTS`` and every estimator of Pyro apply.
 
 **Context.** ``context`` is passed to every kernel as its second argument; kernels are called with the parent
 alone where there is none. Pyro's own handlers take a keyword of that name for themselves, so give it by
