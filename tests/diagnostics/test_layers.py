@@ -1,0 +1,53 @@
+"""Active units against probabilistic PCA, where they are known in closed form (oracle 7)."""
+
+import torch
+
+from pyro_hvae.chains import BottomUp, TopDown
+from pyro_hvae.diagnostics import active_units, mean_variances
+from pyro_hvae.kernels import LinearGaussian, StandardNormal
+
+
+def probabilistic_pca(eigenvalues, noise, latent_dim):
+    """The maximum likelihood model and its exact posterior, for data with these principal variances."""
+    basis = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues)))[0]
+    loading = basis[:, :latent_dim] * (eigenvalues[:latent_dim] - noise).clamp(min=0).sqrt()
+    precision = loading.T @ loading + noise * torch.eye(latent_dim)
+    model = TopDown(
+        z1=StandardNormal(latent_dim),
+        x=LinearGaussian(latent_dim, len(eigenvalues), weight=loading, bias=False, scale=noise**0.5),
+    )
+    guide = BottomUp(
+        z1=LinearGaussian(
+            len(eigenvalues),
+            latent_dim,
+            weight=torch.linalg.solve(precision, loading.T),
+            bias=False,
+            covariance=noise * torch.linalg.inv(precision),
+        )
+    )
+    return model, guide, basis
+
+
+def test_active_units_of_pca():
+    eigenvalues, noise = torch.tensor([4.0, 1.0, 0.305, 0.301, 0.3, 0.3]), 0.3
+    model, guide, basis = probabilistic_pca(eigenvalues, noise, latent_dim=5)
+    x = torch.randn(20000, 6) * eigenvalues.sqrt()
+    x = torch.linalg.qr(x - x.mean(0))[0] * (20000 - 1) ** 0.5 * eigenvalues.sqrt() @ basis.T  # exact sample moments
+    expected = 1 - noise / eigenvalues[:5]
+    torch.testing.assert_close(mean_variances(model, guide, x, num_draws=2)["z1"], expected, atol=1e-8, rtol=0)
+    assert active_units(model, guide, x, num_draws=2) == {"z1": 3}  # 1 - .3/.305 = .016, 1 - .3/.301 = .003
+
+
+def test_noise_of_the_lower_layer_is_no_activity():
+    """The upper layer repeats the lower's noise but never its mean: nothing about x reaches it."""
+    model = TopDown(
+        z2=StandardNormal(1),
+        z1=LinearGaussian(1, 1, weight=torch.ones(1, 1), bias=False),
+        x=LinearGaussian(1, 1, weight=torch.ones(1, 1), bias=False),
+    )
+    guide = BottomUp(
+        z1=LinearGaussian(1, 1, weight=torch.zeros(1, 1), bias=False),
+        z2=LinearGaussian(1, 1, weight=torch.ones(1, 1), bias=False, scale=0.1),
+    )
+    variances = mean_variances(model, guide, torch.randn(5000, 1), num_draws=16)
+    assert abs(float(variances["z2"])) < 4 * (2 / 5000) ** 0.5 / 16
