@@ -12,7 +12,7 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from pyro_hvae.bounds.gradients import GRADIENTS, averaged
+from pyro_hvae.bounds.gradients import GRADIENTS, averaged, check_transforms
 from pyro_hvae.traces import Reading, Structure, read
 from pyro_hvae.traces.parameters import check_trained, make_registrable
 from pyro_hvae.traces.running import known, unregistered
@@ -206,8 +206,8 @@ class Bound(Objective):
     def refusals(self, structure: Structure) -> list[str]:
         """Why this bound can't be had for a pair, sentence by sentence; empty if it can."""
         pathwise_at = [name for name in structure.drawn if not structure.sites[name].has_rsample]
-        if not pathwise_at or self.gradient in ("score", "vimco"):
-            return []
+        if not pathwise_at or self.gradient in ("score", "vimco") or not torch.is_grad_enabled():
+            return []  # a value needs no reparameterisation
         working = [name for name in self.gradients if name in ("score", "vimco")]
         advice = (
             f"use gradient={working[0]!r}" if working else 'use TraceELBO(gradient="score") or IWELBO(gradient="vimco")'
@@ -262,5 +262,14 @@ class WeightBound(Bound):
         value = averaged(reading.log_weights, self.reduce, self.num_repeats)
         surrogate = value
         if torch.is_grad_enabled() and self.gradient != "pathwise":
+            if self.gradient in ("stl", "dreg"):
+                self._check_transforms(model, guide, reading)
             surrogate = GRADIENTS[self.gradient](reading, self.reduce, self.num_repeats)
         return Estimate(value, surrogate, reading.scale), reading
+
+    def _check_transforms(self, model: Program, guide: Program, reading: Reading) -> None:
+        checked = known(model, guide).checked_routes
+        key = ("transforms", reading.structure.signature)
+        if key not in checked:
+            check_transforms(reading, self.gradient)
+            checked.add(key)

@@ -137,6 +137,8 @@ class LayerwiseELBO(Bound):
         site = structure.sites[name]
         if site.role != "latent":
             return super().treatment(name, structure, dependencies)
+        if _sums_out(structure):
+            return Treatment("Monte Carlo", "the model sums a discrete site out, which may mix this one", "pathwise")
         broken = dependencies.broken_by(name)
         if broken:
             why = f"its model parent(s) {sorted(broken)} descend from it in the guide"
@@ -155,6 +157,8 @@ class LayerwiseELBO(Bound):
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], reading: Reading
     ) -> dict[str, Tensor]:
         """KL divergences where they are valid and known in closed form."""
+        if _sums_out(reading.structure):  # p(z_t | its parents) is a mixture then, not what the trace shows
+            return {}
         found = dependencies_of(model, guide, args, kwargs, reading.structure)
         divergences = {}
         for name in reading.structure.latent:
@@ -191,6 +195,10 @@ def dependencies_of(
     if structure.signature not in cache:
         cache[structure.signature] = _Found(dependencies(model, guide, args, kwargs, structure), structure)
     return cache[structure.signature]
+
+
+def _sums_out(structure: Structure) -> bool:
+    return any(site.role == "enumerated" for site in structure.sites.values())
 
 
 def _same(first: Any, second: Any) -> bool:

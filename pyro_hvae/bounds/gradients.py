@@ -23,14 +23,27 @@ other to compare with, and the baseline is zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_hvae.traces import Reading
 from pyro_hvae.traces.reading import total
 
-__all__ = ["GRADIENTS", "Reduction", "averaged", "dreg", "fold", "leave_one_out", "pathwise", "score", "stl"]
+__all__ = [
+    "GRADIENTS",
+    "Reduction",
+    "averaged",
+    "check_transforms",
+    "dreg",
+    "fold",
+    "leave_one_out",
+    "pathwise",
+    "score",
+    "stl",
+]
 
 Reduction = Callable[[Tensor], Tensor]
 
@@ -64,6 +77,36 @@ def dreg(reading: Reading, reduce: Reduction, repeats: int = 1) -> Tensor:
     log_p = fold(total(of_model.log_p).expand_as(reading.log_weights), repeats)
     surrogate = (weights**2 * fold(through_draws.log_weights, repeats) + weights * log_p).sum(0)
     return surrogate.mean(0) if repeats > 1 else surrogate
+
+
+def check_transforms(reading: Reading, gradient: str) -> None:
+    """Refuse ``stl`` and ``dreg`` where the guide's parameters move a draw outside of its density.
+
+    A ``Delta`` site may pass an auxiliary draw through a transformation.  If that has parameters, the density of the
+    draw has them too, but not as a function of the draw: holding them in log q would drop a part of the gradient.
+
+    Raises:
+        ValueError: naming such a site.
+    """
+    if not any(site.guide_distribution == "Delta" for site in reading.structure.sites.values()):
+        return
+    held = reading.replay(freeze=False, detach=True)
+    for name in reading.structure.drawn:
+        site = held.guide_trace.nodes[name]
+        if reading.structure.sites[name].guide_distribution != "Delta":
+            continue
+        if any(part.requires_grad for part in _delta_parts(site["fn"])):
+            raise ValueError(
+                f"site '{name}' is a Delta that transforms auxiliary draws with parameters of the guide, so the "
+                f"{gradient!r} gradient, which holds those in log q, would miss a part: use gradient='pathwise', or "
+                "draw the site from a TransformedDistribution"
+            )
+
+
+def _delta_parts(fn: Any) -> list[Tensor]:
+    while not isinstance(fn, Delta):
+        fn = fn.base_dist
+    return [part for part in (fn.v, fn.log_density) if isinstance(part, Tensor)]
 
 
 def score(reading: Reading, reduce: Reduction, repeats: int = 1) -> Tensor:

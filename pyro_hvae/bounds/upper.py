@@ -24,7 +24,7 @@ from pyro_hvae.bounds.base import Estimate, Objective, Program
 from pyro_hvae.bounds.importance import IWELBO
 from pyro_hvae.traces import Reading, read
 from pyro_hvae.traces.parameters import frozen, param_sites
-from pyro_hvae.traces.running import given
+from pyro_hvae.traces.running import given, isolated
 
 __all__ = ["CUBO", "EUBO"]
 
@@ -37,7 +37,7 @@ class _FromAbove(Objective):
     def __init__(self, num_particles: int, *, chunk_size: int = 256) -> None:
         super().__init__(num_particles)
         # The refusals are those of any function of log-weights: N/B must not enter the logarithm.
-        self._weights = IWELBO(num_particles, chunk_size=chunk_size)
+        self._weights = IWELBO(num_particles, "vimco", chunk_size=chunk_size)
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         raise NotImplementedError
@@ -47,8 +47,19 @@ class _FromAbove(Objective):
     ) -> tuple[Estimate, Reading]:
         with frozen(self._of_model(model, guide, args, kwargs)):
             reading = self._weights.read(model, guide, args, kwargs)
+            self._check_reparameterised(reading)
             value = self.reduce(reading.log_weights)
         return Estimate(-value, -value, reading.scale), reading
+
+    def _check_reparameterised(self, reading: Reading) -> None:
+        sites = reading.structure.sites
+        fixed = [name for name in reading.structure.drawn if not sites[name].has_rsample]
+        if fixed and torch.is_grad_enabled():
+            raise ValueError(
+                f"site(s) {fixed} have no reparameterised draws, and {type(self).__name__} has the pathwise gradient "
+                "alone: train the guide by WakePhase or ReweightedWakeSleep, or by a bound from below "
+                '(TraceELBO(gradient="score"), IWELBO(gradient="vimco")); per_datum needs no gradient'
+            )
 
     def _of_model(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Parameters of the model; a plain function has to be run once more to name its own."""
@@ -56,7 +67,8 @@ class _FromAbove(Objective):
             return []
         if isinstance(model, nn.Module):
             return list(model.parameters())
-        return list(param_sites(read(model, guide, args, kwargs).model_trace).values())
+        with isolated(model, guide), torch.no_grad():
+            return list(param_sites(read(model, guide, args, kwargs).model_trace).values())
 
     def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The estimate for each datum in nats, without gradient; shape of the plates common to all sites."""
