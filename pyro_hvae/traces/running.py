@@ -343,8 +343,9 @@ def structure(model: Program, guide: Program, args: tuple = (), kwargs: Mapping[
     found = cache.by_arguments.get(key)
     if found is None:
         naming = _EventDims()
+        (run_model, run_guide), rest = bind_context((model, guide), kwargs)
         with isolated(model, guide):
-            model_trace, guide_trace = run_pair(naming(model), naming(guide), args, kwargs)
+            model_trace, guide_trace = run_pair(naming(run_model), naming(run_guide), args, rest)
         found = structure_of(model_trace, guide_trace, naming.found)
         check_values(model_trace, guide_trace)
         cache.by_arguments[key] = cache.by_signature[found.signature] = found
