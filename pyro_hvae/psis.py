@@ -1,0 +1,91 @@
+r"""Pareto-smoothed importance sampling: how heavy the tail of the weights is, and weights with that tail smoothed.
+
+A generalised Pareto distribution is fitted to the largest weights; its shape k tells how many moments they have.
+Below 0.7 an importance-sampling estimate from a practical number of draws can be trusted, above it can't; below 0.5
+its variance is finite (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and Gabry, 2024).
+
+The fit is ArviZ's.  Its function takes log-*likelihoods*, which are minus log-weights; that sign is handled here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["EXACT_SPREAD", "pareto_khat", "psis"]
+
+EXACT_SPREAD = 1e-10
+"""Log-weights that differ by less are round-off around one value: the guide is the posterior, and k is -inf."""
+
+
+def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Smooth the largest weights, normalise, and diagnose.
+
+    Args:
+        log_weights: unnormalised, at least 5 along ``dim``; any other dims are treated one by one.
+        dim: the dim of the draws.
+
+    Returns:
+        Normalised log-weights of the same shape (their exponentials sum to one along ``dim``), and k-hat, of the
+        shape without ``dim``: ``-inf`` where all weights are the same, ``inf`` where there are too few draws to tell.
+
+    Raises:
+        ValueError: for fewer than 5 draws, NaN or +inf, or a column without any positive weight.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> smoothed, khat = psis(torch.distributions.Exponential(1 / 0.2).sample((1000,)))
+        >>> bool(abs(khat - 0.2) < 0.15), round(float(smoothed.exp().sum()), 6)
+        (True, 1.0)
+    """
+    from arviz_stats.base import array_stats
+
+    weights = log_weights.detach().movedim(dim, -1)
+    _check(weights)
+    # The fit divides by the spread of the tail, so columns without any are answered beforehand.
+    spread = weights.amax(-1) - weights.amin(-1)
+    exact = spread < EXACT_SPREAD
+    flat = weights.double().cpu().numpy().reshape(-1, weights.shape[-1])
+    smoothed = flat - _logsumexp(flat)
+    khat = np.full(len(flat), -np.inf)
+    rest = ~exact.cpu().numpy().reshape(-1)
+    if rest.any():
+        smoothed[rest], khat[rest] = array_stats.psislw(-flat[rest], axis=-1)
+        smoothed[rest] -= _logsumexp(smoothed[rest])
+    back = {"dtype": log_weights.dtype, "device": log_weights.device}
+    return (
+        torch.as_tensor(smoothed, **back).reshape(weights.shape).movedim(-1, dim),
+        torch.as_tensor(khat, **back).reshape(spread.shape),
+    )
+
+
+def pareto_khat(log_weights: Tensor, dim: int = 0) -> Tensor:
+    """k-hat of log-weights along ``dim``; see :func:`psis`.
+
+    Example:
+        >>> pareto_khat(torch.zeros(100))
+        tensor(-inf)
+    """
+    return psis(log_weights, dim)[1]
+
+
+def _check(weights: Tensor) -> None:
+    if weights.dim() == 0 or weights.shape[-1] < 5:
+        count = weights.shape[-1] if weights.dim() else 1
+        raise ValueError(
+            f"a tail can't be fitted to {count} draw(s): at least 5 are needed, and some hundreds are wise"
+        )
+    bad = torch.isnan(weights) | (weights == torch.inf)
+    if bool(bad.any()):
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{int(bad.sum())} log-weights are NaN or +inf; the first has index {first} (draws last)")
+    empty = (weights == -torch.inf).all(-1)
+    if bool(empty.any()):
+        raise ValueError(f"{int(empty.sum())} column(s) have no draw with a positive weight: every log-weight is -inf")
+
+
+def _logsumexp(values: np.ndarray) -> np.ndarray:
+    top = values.max(-1, keepdims=True)
+    return top + np.log(np.exp(values - top).sum(-1, keepdims=True))
