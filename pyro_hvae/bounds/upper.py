@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from pyro_hvae.bounds.base import Estimate, Objective, Program
 from pyro_hvae.bounds.importance import IWELBO
-from pyro_hvae.traces import Reading, read
+from pyro_hvae.traces import Reading, given, read
 from pyro_hvae.traces.parameters import frozen, param_sites
-from pyro_hvae.traces.running import given, isolated
+from pyro_hvae.traces.running import isolated
 
 __all__ = ["CUBO", "EUBO"]
 

@@ -14,17 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_hvae.bounds.base import Estimate, Objective, Program
 from pyro_hvae.bounds.importance import IWELBO
-from pyro_hvae.traces import Reading
+from pyro_hvae.traces import Reading, given, simulate
 from pyro_hvae.traces.reading import total
-from pyro_hvae.traces.running import given, isolated
-from pyro_hvae.traces.structure import sample_sites
 
 __all__ = ["ReweightedWakeSleep", "SleepPhase", "WakePhase"]
 
@@ -121,21 +117,7 @@ class SleepPhase(Objective):
     def estimate(
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
     ) -> tuple[Estimate, Reading]:
-        with torch.no_grad():
-            with isolated(model):
-                seen = poutine.trace(model).get_trace(*args, **kwargs)
-            observed = {id(s["value"]): s["name"] for s in sample_sites(seen) if s["is_observed"]}
-            dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-        values = {site["name"]: site["value"].detach() for site in sample_sites(dream)}
-        leaves, spec = tree_flatten((args, dict(kwargs)))
-        if not any(id(leaf) in observed for leaf in leaves):
-            raise ValueError(
-                f"no argument is an observed tensor of the model (observed sites: {sorted(observed.values())}), so the "
-                "guide can't be shown what the model dreamt; pass the data as an argument"
-            )
-        leaves = [values[observed[id(leaf)]] if id(leaf) in observed else leaf for leaf in leaves]
-        dreamt_args, dreamt_kwargs = tree_unflatten(leaves, spec)
-        latents = {name: value for name, value in values.items() if name not in observed.values()}
+        latents, dreamt_args, dreamt_kwargs = simulate(model, args, kwargs)
         reading = given(model, guide, latents, dreamt_args, dreamt_kwargs)
         value = total(reading.log_q).expand_as(reading.log_weights.detach()).mean(0)
         return Estimate(value, value, reading.scale), reading

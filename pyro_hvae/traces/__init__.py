@@ -12,12 +12,24 @@ mask stay inside.
 
 - :func:`read` runs a pair and returns a :class:`Reading`;
 - :func:`log_weights` evaluates many particles without a gradient, in bounded memory;
-- :func:`log_joint` evaluates the model alone on given latent values;
+- :class:`Evaluator` and :func:`given` evaluate it at given draws, :func:`simulate` draws from the model itself;
 - :func:`structure` says what was found, without keeping a trace.
 """
 
+from pyro_hvae.traces.evaluate import Evaluator, given, log_weights, simulate
 from pyro_hvae.traces.reading import Reading
-from pyro_hvae.traces.running import given, log_joint, log_weights, read, structure
+from pyro_hvae.traces.running import read, structure
 from pyro_hvae.traces.structure import Plate, SiteInfo, Structure
 
-__all__ = ["Plate", "Reading", "SiteInfo", "Structure", "given", "log_joint", "log_weights", "read", "structure"]
+__all__ = [
+    "Evaluator",
+    "Plate",
+    "Reading",
+    "SiteInfo",
+    "Structure",
+    "given",
+    "log_weights",
+    "read",
+    "simulate",
+    "structure",
+]

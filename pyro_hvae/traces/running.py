@@ -26,7 +26,6 @@ from pyro_hvae.traces.parameters import frozen, trainable
 from pyro_hvae.traces.reading import Reading
 from pyro_hvae.traces.structure import (
     PARTICLES,
-    Plate,
     Structure,
     sample_sites,
     signature,
@@ -34,12 +33,12 @@ from pyro_hvae.traces.structure import (
 )
 from pyro_hvae.traces.validation import check_particles, check_values
 
-__all__ = ["given", "isolated", "known", "log_joint", "log_weights", "read", "run_pair", "structure", "unregistered"]
+__all__ = ["Particles", "execute", "isolated", "known", "read", "run_pair", "structure", "unregistered"]
 
 Program = Callable[..., Any]
 
 
-class _Particles(Messenger):
+class Particles(Messenger):
     """Put every site, except those named in ``once``, into a leftmost plate of ``num_particles``."""
 
     def __init__(self, num_particles: int, dim: int, once: frozenset[str]) -> None:
@@ -83,10 +82,10 @@ def read(
     found = structure(model, guide, args, kwargs)
     single = frozenset() if once is None else once(found)
 
-    return _executed(model, guide, args, kwargs, found, num_particles, single)
+    return execute(model, guide, args, kwargs, found, num_particles, single)
 
 
-def _executed(
+def execute(
     model: Program,
     guide: Program,
     args: tuple,
@@ -96,12 +95,12 @@ def _executed(
     once: frozenset[str],
     draws: Trace | None = None,
 ) -> Reading:
-    def execute(draws: Trace | None, *, freeze: tuple[Trace, ...] = (), detach: bool = False) -> tuple[Trace, Trace]:
+    def run(draws: Trace | None, *, freeze: tuple[Trace, ...] = (), detach: bool = False) -> tuple[Trace, Trace]:
         (run_model, run_guide), rest = bind_context((_bare(model), _bare(guide)), kwargs)
         if any(site.role == "enumerated" for site in found.sites.values()):
             run_model = enumerated(run_model, found, num_particles)
         if num_particles > 1:
-            particles = _Particles(num_particles, -found.max_plate_nesting - 1, once)
+            particles = Particles(num_particles, -found.max_plate_nesting - 1, once)
             run_model, run_guide = particles(run_model), particles(run_guide)
         with (
             pyro.validation_enabled(False),
@@ -109,9 +108,9 @@ def _executed(
         ):
             return run_pair(run_model, run_guide, args, rest, draws=draws, detach=detach)
 
-    model_trace, guide_trace = execute(draws)
+    model_trace, guide_trace = run(draws)
     found = _current(found, model_trace, guide_trace, model, guide)
-    return Reading(model_trace, guide_trace, found, num_particles, execute)
+    return Reading(model_trace, guide_trace, found, num_particles, run)
 
 
 class _EventDims(Messenger):
@@ -186,126 +185,6 @@ def run_pair(
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     return model_trace, guide_trace
-
-
-def given(
-    model: Program,
-    guide: Program,
-    values: Mapping[str, Tensor],
-    args: tuple = (),
-    kwargs: Mapping[str, Any] | None = None,
-) -> Reading:
-    """Read a pair at given draws instead of the guide's own.
-
-    Args:
-        values: for every site that the guide draws, S values on the leftmost dimension, or one without it.
-
-    Raises:
-        ValueError: if a drawn site has no value, or their numbers of draws differ.
-    """
-    kwargs = {} if kwargs is None else dict(kwargs)
-    found = structure(model, guide, args, kwargs)
-    missing = sorted(set(found.drawn) - set(values))
-    if missing:
-        raise ValueError(f"no value was given for site(s) {missing} that the guide draws; given: {sorted(values)}")
-    with isolated(model, guide):
-        _, draws = run_pair(model, guide, args, kwargs)
-    counts = set()
-    for name in found.drawn:
-        node, value = draws.nodes[name], values[name]
-        extra = value.dim() - node["value"].dim()
-        particle_dim = found.max_plate_nesting + node["fn"].event_dim + 1
-        if extra > 0:
-            counts.add(value.shape[0])
-            value = value.reshape(value.shape[0], *(1,) * (particle_dim - value.dim()), *value.shape[1:])
-        else:
-            counts.add(1)
-        draws.nodes[name] = {**node, "value": value}
-    if len(counts) > 1:
-        raise ValueError(f"sites come with different numbers of draws: {sorted(counts)}")
-    count = counts.pop() if counts else 1
-    if count == 1:
-        for name in found.drawn:
-            node = draws.nodes[name]
-            node["value"] = node["value"].reshape(node["fn"].shape())
-    return _executed(model, guide, args, kwargs, found, count, frozenset(), draws)
-
-
-def log_weights(
-    model: Program,
-    guide: Program,
-    *args: Any,
-    num_particles: int = 1,
-    chunk_size: int | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    r"""Log-weights :math:`\log p(x_n, z_{kn}) - \log q(z_{kn}|x_n)` of ``num_particles`` draws, without gradient.
-
-    Args:
-        num_particles: K >= 1.
-        chunk_size: how many particles run at once; all of them by default.  Memory grows with it, the result
-            does not depend on it but for the order of the random numbers.
-
-    Returns:
-        Tensor of shape ``(K, *plates)`` in nats.
-
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model():
-        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> log_weights(model, model, num_particles=3)
-        tensor([0., 0., 0.])
-    """
-    check_particles(num_particles)
-    size = num_particles if chunk_size is None else chunk_size
-    if size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    chunks = []
-    with torch.no_grad():
-        for start in range(0, num_particles, size):
-            count = min(size, num_particles - start)
-            chunks.append(read(model, guide, args, kwargs, num_particles=count).log_weights)
-    return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-
-
-def log_joint(
-    model: Program,
-    values: Mapping[str, Tensor],
-    args: tuple = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    plates: tuple[Plate, ...],
-    max_plate_nesting: int,
-    num_particles: int,
-) -> dict[str, Tensor]:
-    """log p of each site of the model at given latent values, each of shape ``(K, *plates)``, gradients live.
-
-    Args:
-        values: for each latent site its value, with K as the leftmost batch dimension.
-        plates: the plates that a datum indexes; what they scale stays out, as in a :class:`Reading`.
-        max_plate_nesting: how many plate dimensions the model has, without the particles'.
-
-    Raises:
-        ValueError: if a latent site of the model is not among ``values``.
-    """
-    kwargs = {} if kwargs is None else kwargs
-    draws = Trace()
-    for name, value in values.items():
-        draws.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
-    (model,), kwargs = bind_context((model,), kwargs)
-    run = model if num_particles == 1 else _Particles(num_particles, -max_plate_nesting - 1, frozenset())(model)
-    with pyro.validation_enabled(False):
-        trace = poutine.trace(poutine.replay(run, trace=draws)).get_trace(*args, **kwargs)
-    missing = [s["name"] for s in sample_sites(trace) if not s["is_observed"] and s["name"] not in values]
-    if missing:
-        raise ValueError(f"no value was given for the model's latent sites {missing}; given: {sorted(values)}")
-    found = Structure({}, plates, (), max_plate_nesting, ())
-
-    def no_rerun(*_: Any, **__: Any) -> tuple[Trace, Trace]:
-        raise RuntimeError("a log joint has no guide to replay")
-
-    reading = Reading(trace, Trace(), found, num_particles, no_rerun)
-    return {site["name"]: reading.log_prob(site) for site in sample_sites(trace)}
 
 
 class _Programs:
