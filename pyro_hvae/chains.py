@@ -25,20 +25,20 @@ masked entry is dropped from the likelihood (its log-density counts as 0) and th
 place; what stood there, NaN included, reaches neither values nor gradients. Entries can be masked one by one
 only where the likelihood factorises over them; others take a mask of shape (N,).
 
-**Minibatches.** With ``data_size`` = M and N data given, the plate stands for M data and Pyro scales it by M
-/ N.
+**Minibatches.** With ``data_size`` M and N data given, the plate stands for M data and Pyro scales every site
+in it by M/N.
 
 **Bayesian weights.** ``PyroSample`` attributes of kernels (and of ``PyroModule`` networks within) are drawn
-before the plate is
-entered: they are global latents of the program, named as the parameter would be (``model.z1.weight``).
+before the plate is entered: they are global latents of the program, named as the parameter would be
+(``model.z1.weight``).
 
 **Names.** Parameters stand in Pyro's store as ``<name>.<site>...``; two chains trained in one process need
 two names. A kernel given for two sites is one child, registered under the first; tensors shared between
 kernels appear once in ``state_dict()``.
 
 What is not enforced: finiteness and support of the data (a device synchronisation a call; the trace readers
-do it once), and that networks keep data apart: batch normalisation couples the data of a plate and makes
-densities per datum meaningless but approximately.
+do it once), and that networks keep data apart: batch normalisation couples the data of a plate, so that
+densities per datum depend on the rest of the minibatch.
 """
 
 from __future__ import annotations

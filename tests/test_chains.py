@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -12,9 +13,10 @@ from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
-from pyro_hvae import TraceELBO
+from pyro_hvae import IWELBO, TraceELBO
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.kernels import Bernoulli, Gaussian, LinearGaussian, StandardNormal, Transition, WithoutContext
+from pyro_hvae.nn import ConvDecoder, ConvEncoder
 from tests.linear_gaussian import linear_gaussian
 
 
@@ -388,6 +390,29 @@ class TestParameters:
         assert other.z1.net is other.z2.net
         guide = BottomUp(z1=Gaussian(nn.Linear(5, 6)), z2=Gaussian(nn.Linear(3, 6)), z3=Gaussian(nn.Linear(3, 6)))
         assert self.steps(model, guide, route, data()) == []
+
+    @pytest.mark.parametrize("route", ["svi", "module"])
+    def test_a_stale_store_is_refused_or_harmless(self, route):
+        pyro.param("model.z1.net$$$weight", torch.zeros(6, 2))
+        if route == "svi":
+            with pytest.raises(ValueError, match="clear_param_store"):
+                self.steps(*pair(), route, data())
+        else:
+            assert self.steps(*pair(), route, data()) == []
+
+    @pytest.mark.parametrize("route", ["svi", "module"])
+    def test_convolutions_under_particles(self, route):
+        model = TopDown(z=StandardNormal(3), x=Bernoulli(ConvDecoder(3, (1, 8, 8), channels=(4, 4)), event_dim=3))
+        guide = BottomUp(z=Gaussian(ConvEncoder((1, 8, 8), 6, channels=(4, 4))))
+        x = model(size=3).detach()
+        assert x.shape == (3, 1, 8, 8)
+        assert self.steps(model, guide, route, x) == []
+        assert IWELBO(4).per_datum(model, guide, x).shape == (3,)
+
+    def test_a_pickled_pair_is_the_same_program(self):
+        model, guide = pickle.loads(pickle.dumps(pair()))
+        assert repr(model) == repr(pair()[0])
+        assert self.steps(model, guide, "module", data()) == []
 
     def test_a_copy_is_another_program(self):
         model, guide = copy.deepcopy(pair())

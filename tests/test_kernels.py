@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_hvae.kernels as kernels
+from pyro_hvae import IWELBO, BottomUp, TopDown
 from pyro_hvae.kernels import (
     Bernoulli,
     Categorical,
@@ -279,6 +280,22 @@ class TestFlow:
         torch.testing.assert_close(found.log_prob(value), lazy(parent).log_prob(value))
         with pyro.plate("particles", 4, dim=-2), pyro.plate("data", 5, dim=-1):
             assert pyro.sample("z", found).shape == (4, 5, 2)
+
+    def test_flows_in_a_chain_train(self):
+        validate = torch.distributions.Distribution._validate_args
+        zuko = pytest.importorskip("zuko")
+        torch.distributions.Distribution._validate_args = validate
+        model = TopDown(z=StandardNormal(2), x=Bernoulli(nn.Linear(2, 4)))
+        guide = BottomUp(z=Flow(zuko.flows.NSF(2, 4, transforms=1, hidden_features=(8,))))
+        x = torch.bernoulli(torch.full((5, 4), 0.5))
+        objective = IWELBO(3)(model, guide)
+        objective(x).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in objective.parameters())
+        assert sum(parameter.grad.abs().sum() for parameter in guide.parameters()) > 0
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), IWELBO(3))
+        before = [parameter.detach().clone() for parameter in guide.parameters()]
+        svi.step(x)
+        assert any(not torch.equal(old, new) for old, new in zip(before, guide.parameters()))
 
     def test_unconditional(self):
         class Lazy(nn.Module):
