@@ -26,7 +26,7 @@ PROGRAMS = [
     "diffusion",
     "models",
 ]
-ESTIMATORS = ["traces", "bounds", "factorized", "compile", "evidence", "diagnostics"]
+ESTIMATORS = ["psis", "traces", "bounds", "factorized", "compile", "evidence", "diagnostics"]
 # What trains, draws and runs may import both towers, and is imported by neither.
 ABOVE = ["data", "plots", "training", "demo", "cli", "__main__"]
 

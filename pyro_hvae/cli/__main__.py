@@ -1,0 +1,7 @@
+"""``python -m pyro_hvae.cli``."""
+
+import sys
+
+from pyro_hvae.cli import main
+
+sys.exit(main())

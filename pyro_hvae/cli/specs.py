@@ -1,0 +1,233 @@
+"""What words on a command line stand for: objects by path, programs, and data."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_hvae.data import binarize, digits, idx_folder
+
+__all__ = ["Redrawn", "absolute", "load_data", "load_object", "make", "make_pair", "thresholded"]
+
+Spec = str | dict[str, Any]
+
+
+def load_object(path: str) -> Any:
+    """Import an object by name.
+
+    Args:
+        path: ``file.py:name``, ``package.module:name`` or ``package.module.name``.
+
+    Raises:
+        ImportError: if there is no such module, or it has no such name, with the names that it has.
+        FileNotFoundError: if there is no such file.
+
+    Example:
+        >>> load_object("math.pi"), load_object("math:pi") == load_object("math.pi")
+        (3.141592653589793, True)
+    """
+    place, colon, name = path.rpartition(":") if ":" in path else path.rpartition(".")
+    if not place:
+        raise ImportError(f"{path!r} is no path of an object: write file.py:name or package.module:name.")
+    if colon == ":" and place.endswith(".py"):
+        module = _module_of(Path(place))
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"can't import {place!r} of {path!r}: {error}.") from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            known = ", ".join(sorted(key for key in vars(found) if not key.startswith("_"))[:20])
+            raise ImportError(f"{place!r} has no {part!r}; it has {known or 'nothing'}.")
+        found = getattr(found, part)
+    return found
+
+
+def make(spec: Any, known: Mapping[str, Any] | None = None) -> Any:
+    """Build what a specification in YAML describes.
+
+    ``{class_path: path, init_args: {...}}`` is a call of that class or function, ``{object: path}`` the object itself,
+    a string ``$name`` something already made. Lists and mappings are gone through; all else is as it stands.
+
+    Example:
+        >>> make({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 1}})
+        Linear(in_features=2, out_features=1, bias=True)
+    """
+    known = known or {}
+    if isinstance(spec, str) and spec.startswith("$"):
+        if spec[1:] not in known:
+            raise ValueError(f"{spec!r} names nothing that is made by then; known: {sorted(known)}.")
+        return known[spec[1:]]
+    if isinstance(spec, Mapping):
+        if "class_path" in spec:
+            extra = set(spec) - {"class_path", "init_args"}
+            if extra:
+                raise ValueError(f"beside class_path stands init_args and nothing else, got {sorted(extra)}.")
+            return load_object(spec["class_path"])(**make(spec.get("init_args") or {}, known))
+        if set(spec) == {"object"}:
+            return load_object(spec["object"])
+        return {key: make(value, known) for key, value in spec.items()}
+    if isinstance(spec, (list, tuple)):
+        return [make(value, known) for value in spec]
+    return spec
+
+
+def make_pair(
+    pair: str | None = None,
+    pair_args: Mapping[str, Any] | None = None,
+    model: Spec | None = None,
+    guide: Spec | None = None,
+) -> tuple[Any, Any]:
+    """Build a model and a guide from what a command line says, or a run directory has recorded.
+
+    Args:
+        pair: path of a function that returns (model, guide).
+        pair_args: its arguments.
+        model: path of a program, or a specification for :func:`make`; instead of ``pair``.
+        guide: the same for the guide, which may refer to ``$model``.
+
+    Raises:
+        ValueError: for neither of the two ways, or both; or a function that returns no pair.
+    """
+    if (pair is None) == (model is None) or (model is None) != (guide is None):
+        raise ValueError("name the programs either by pair, or by model and guide.")
+    if pair is not None:
+        found = load_object(pair)(**make(dict(pair_args or {})))
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(f"{pair} must return (model, guide), got {type(found).__name__}.")
+        return found
+    assert model is not None
+    assert guide is not None
+    first = _program(model, {})
+    return first, _program(guide, {"model": first})
+
+
+def load_data(spec: str) -> tuple[Any, Any]:
+    """Load data by name.
+
+    Args:
+        spec: ``digits``; ``idx:FOLDER`` in MNIST's format; a file ``.npy`` (one array), ``.npz`` (arrays by the names
+            of the programs' arguments) or ``.pt`` (tensor, tuple or dict); or the path of an object or function in
+            Python, ``file.py:name``.
+
+    Returns:
+        Data to train on and data held out, or ``None``. Each is a tensor, a tuple (positional arguments) or a
+        dict (by name), floats in the default dtype.
+
+    Raises:
+        ValueError: for a name that means nothing here.
+        FileNotFoundError: for a missing file.
+    """
+    if spec == "digits":
+        split = digits()
+        return split.train, split.test
+    if spec.startswith("idx:"):
+        split = idx_folder(spec.removeprefix("idx:"))
+        return split.train, split.test
+    suffix = Path(spec).suffix
+    if suffix in (".npy", ".npz", ".pt") and not Path(spec).exists():
+        raise FileNotFoundError(f"no file {spec!r} to read data from.")
+    if suffix == ".npy":
+        return _tensors(np.load(spec, allow_pickle=False)), None
+    if suffix == ".npz":
+        with np.load(spec, allow_pickle=False) as arrays:
+            return _tensors({name: arrays[name] for name in arrays.files}), None
+    if suffix == ".pt":
+        return _tensors(torch.load(spec, weights_only=True)), None
+    if ":" in spec or "." in spec:
+        found = load_object(spec)
+        return _tensors(found() if callable(found) else found), None
+    raise ValueError(
+        f"data can't be {spec!r}: name digits, idx:FOLDER, a file .npy, .npz or .pt, or an object as file.py:name."
+    )
+
+
+def thresholded(data: Any, threshold: float) -> Any:
+    """The data with its first tensor, or ``x`` of a dict, cut to zeros and ones."""
+    return _first(data, lambda x: binarize(x, threshold=threshold))
+
+
+class Redrawn:
+    """Transform that binarises the first tensor of a batch, or ``x``, anew at each call."""
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        return _first(kwargs or args, binarize)
+
+    def __repr__(self) -> str:
+        return "Redrawn()"
+
+
+def absolute(spec: Any) -> Any:
+    """A specification whose Python files are named from the root, so that it can be built again from anywhere."""
+    if isinstance(spec, str) and ".py:" in spec:
+        place, _, name = spec.rpartition(":")
+        return f"{Path(place).resolve()}:{name}"
+    if isinstance(spec, str) and Path(spec).suffix in (".npy", ".npz", ".pt"):
+        return str(Path(spec).resolve())
+    if isinstance(spec, str) and spec.startswith("idx:"):
+        return f"idx:{Path(spec.removeprefix('idx:')).resolve()}"
+    if isinstance(spec, Mapping):
+        return {key: absolute(value) for key, value in spec.items()}
+    return [absolute(value) for value in spec] if isinstance(spec, (list, tuple)) else spec
+
+
+def _module_of(file: Path) -> Any:
+    """The module of a Python file, run once a process; its folder can be imported from."""
+    file = file.resolve()
+    name = f"_pyro_hvae_{file.stem}_{abs(hash(file)):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not file.exists():
+        raise FileNotFoundError(f"no file {str(file)!r}.")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _program(spec: Spec, known: Mapping[str, Any]) -> Any:
+    found = load_object(spec) if isinstance(spec, str) else make(spec, known)
+    if isinstance(found, type):
+        found = found()
+    if not callable(found):
+        raise ValueError(f"a program must be callable; {spec!r} is {type(found).__name__}.")
+    return found
+
+
+def _tensors(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _tensors(value) for name, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        return tuple(_tensors(value) for value in data)
+    if isinstance(data, (np.ndarray, Tensor)):
+        tensor = torch.as_tensor(data)
+        return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+    raise ValueError(f"data must be arrays or tensors, alone, in a tuple or in a dict; got {type(data).__name__}.")
+
+
+def _first(data: Any, change: Any) -> Any:
+    if isinstance(data, Mapping):
+        name = "x" if "x" in data else next(iter(data))
+        return {**data, name: change(data[name])}
+    if isinstance(data, tuple):
+        return (change(data[0]), *data[1:])
+    return change(data)

@@ -1,0 +1,303 @@
+"""The verbs of the command line, each a function whose arguments are flags."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from jsonargparse import lazy_instance
+from torch import Tensor
+
+from pyro_hvae.bounds import LayerwiseELBO
+from pyro_hvae.bounds.base import Objective
+from pyro_hvae.cli.specs import Redrawn, absolute, load_data, make_pair, thresholded
+from pyro_hvae.diagnostics import to_datatree
+from pyro_hvae.diagnostics.layers import active_units
+from pyro_hvae.traces import log_weights
+from pyro_hvae.traces.structure import sample_sites
+from pyro_hvae.training import fit as train
+from pyro_hvae.training import load
+from pyro_hvae.training.feed import as_batch
+from pyro_hvae.training.objective import accepts
+
+__all__ = ["demo", "diagnose", "evaluate", "fit", "sample"]
+
+_COMMAND = "command.json"
+
+
+def demo(out: str = "runs/demo", seconds: float = 40.0, seed: int = 0, progress: bool = True) -> None:
+    """Train three models of handwritten digits for the same time and compare them.
+
+    Args:
+        out: folder for weights, histories, draws and pictures; an earlier demonstration there is replaced.
+        seconds: of training for each model.
+        seed: of weights, noise and order of the data.
+        progress: show a bar.
+    """
+    from pyro_hvae.demo import demo as run
+
+    run(out, seconds=seconds, seed=seed, progress=progress)
+
+
+def fit(
+    run_dir: str,
+    data: str,
+    pair: str | None = None,
+    pair_args: dict[str, Any] | None = None,
+    model: str | dict[str, Any] | None = None,
+    guide: str | dict[str, Any] | None = None,
+    bound: Objective = lazy_instance(LayerwiseELBO),  # noqa: B008
+    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = 100,
+    binarize: float | str | None = None,
+    held_out: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    log_every: int = 100,
+    terms_every: int = 500,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+    compile: bool = False,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train a model and a guide, and keep weights, history and checkpoints in a run directory.
+
+    Args:
+        run_dir: where the run is kept.
+        data: digits, idx:FOLDER (MNIST's format), a file .npy, .npz or .pt, or an object or function as file.py:name.
+        pair: function that returns (model, guide), as package.module.function or file.py:function.
+        pair_args: its arguments.
+        model: the model alone, as file.py:name or class_path with init_args; with guide, instead of pair.
+        guide: the guide, likewise; $model stands for the model.
+        bound: what is maximised.
+        optimizer: a class of torch.optim and its arguments; Adam at rate 1e-3 by default.
+        epochs: passes over the data, a resumed run's first part included; this or steps.
+        steps: optimiser steps, likewise.
+        batch_size: data a step; null for all.
+        binarize: grey values in [0, 1] to 0 and 1: a threshold, or random for a new draw at every use.
+        held_out: more data, of the same kind, whose bound is recorded on the way; digits and idx bring theirs.
+        seed: of weights, noise and order of the data.
+        resume: go on from the last checkpoint of run_dir.
+        checkpoint_every: steps from checkpoint to checkpoint.
+        log_every: steps from record to record.
+        terms_every: steps between records that hold the terms of the bound too.
+        clip_norm: largest norm of the gradient.
+        ema: decay of a moving average of the parameters.
+        compile: make one graph of each step.
+        tensorboard: log there too.
+        progress: show a bar.
+    """
+    torch.manual_seed(seed)
+    asked = {"pair": pair, "pair_args": pair_args, "model": model, "guide": guide}
+    recipe: dict[str, Any] = {key: absolute(value) for key, value in asked.items() if value is not None}
+    programs = make_pair(**recipe)
+    found, rest = _parts(data, held_out, binarize)
+    result = train(
+        *programs,
+        found,
+        bound=bound,
+        optimizer=optimizer,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        transform=Redrawn() if binarize == "random" else None,
+        validation=rest,
+        seed=seed,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        terms_every=terms_every,
+        clip_norm=clip_norm,
+        ema=ema,
+        compile=compile,
+        tensorboard=tensorboard,
+        progress=progress,
+        run_dir=run_dir,
+        factory=("pyro_hvae.cli.specs:make_pair", recipe),
+    )
+    kept = {"data": absolute(data), "held_out": absolute(held_out), "binarize": binarize}
+    (Path(run_dir) / _COMMAND).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    last = next((record["loss"] for record in reversed(result.history) if record.get("loss") is not None), math.nan)
+    print(f"{run_dir}: {result.steps} steps, loss {last:.4f} nats a datum" + _because(result.stopped))
+
+
+def evaluate(
+    run_dir: str,
+    data: str | None = None,
+    num_particles: int = 1000,
+    chunk_size: int = 10,
+    which: str = "last",
+    ema: bool = False,
+    seed: int = 0,
+) -> None:
+    """Report the bounds on held-out data and the terms of the layers; writes evaluation.json.
+
+    Args:
+        run_dir: a run directory that fit wrote.
+        data: as in fit; by default what the run held out, or else what it was trained on.
+        num_particles: draws of the importance-weighted bound.
+        chunk_size: draws at once; memory grows with it.
+        which: last, best, or the name of a checkpoint.
+        ema: take the moving averages of the parameters.
+        seed: of the draws.
+    """
+    torch.manual_seed(seed)
+    model, guide = load(run_dir, which=which, ema=ema)
+    args, kwargs, which_data = _recorded(run_dir, data)
+    weights = log_weights(model, guide, *args, num_particles=num_particles, chunk_size=chunk_size, **kwargs)
+    terms = LayerwiseELBO(num_particles=min(num_particles, chunk_size)).terms(model, guide, *args, **kwargs)
+    elbo = weights.mean(0).flatten()
+    bound = (weights.logsumexp(0) - math.log(num_particles)).flatten()
+    result: dict[str, Any] = {"data": which_data, "num_data": len(bound), "num_particles": num_particles}
+    result["elbo"], result["elbo_stderr"] = _mean(elbo)
+    result["iwelbo"], result["iwelbo_stderr"] = _mean(bound)
+    result["terms"] = {name: float(value.mean()) for name, value in terms.items()}
+    unit = "nats a datum" if weights.dim() > 1 else "nats"
+    print(f"{which_data}: {len(bound)} data" if weights.dim() > 1 else f"{which_data}: all data as one")
+    print(f"ELBO               {result['elbo']:12.4f} +- {result['elbo_stderr']:.4f} {unit}")
+    print(f"IWELBO, K = {num_particles:<6} {result['iwelbo']:12.4f} +- {result['iwelbo_stderr']:.4f} {unit}")
+    for name, value in result["terms"].items():
+        print(f"  {name:<16} {value:12.4f}")
+    (Path(run_dir) / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def sample(
+    run_dir: str,
+    out: str | None = None,
+    size: int = 64,
+    image_shape: tuple[int, int] | None = None,
+    which: str = "last",
+    ema: bool = False,
+    seed: int = 0,
+) -> None:
+    """Draw from the model, every site, into a .npz file; images also into a .png.
+
+    A program that takes ``size=`` is asked for that many data; any other is run on the data of the run with what it
+    observes left free, so that it yields as many as those.
+
+    Args:
+        run_dir: a run directory that fit wrote.
+        out: the .npz file; samples.npz in the run directory by default.
+        size: how many data.
+        image_shape: height and width; also draws a picture of the first 100 data beside the file.
+        which: last, best, or the name of a checkpoint.
+        ema: take the moving averages of the parameters.
+        seed: of the draws.
+    """
+    import numpy as np
+
+    if size < 1:
+        raise ValueError(f"size must be >= 1, got {size}.")
+    torch.manual_seed(seed)
+    model, _ = load(run_dir, which=which, ema=ema)
+    if accepts(model, "size"):
+        program, args, kwargs = model, (), {"size": size}
+    else:
+        args, kwargs, _ = _recorded(run_dir, None)
+        program = poutine.uncondition(model)
+    with torch.no_grad():
+        trace = poutine.trace(program).get_trace(*args, **kwargs)
+    drawn = {site["name"]: site["value"].cpu().numpy() for site in sample_sites(trace)}
+    path = Path(out) if out is not None else Path(run_dir) / "samples.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **drawn)
+    print(f"{path}: " + ", ".join(f"{name} {value.shape}" for name, value in drawn.items()))
+    if image_shape is not None:
+        from pyro_hvae.plots import samples
+
+        picture = path.with_suffix(".png")
+        samples(list(drawn.values())[-1][:100], image_shape).savefig(picture, dpi=150)
+        print(picture)
+
+
+def diagnose(
+    run_dir: str,
+    data: str | None = None,
+    num_draws: int = 500,
+    max_data: int = 100,
+    which: str = "last",
+    ema: bool = False,
+    seed: int = 0,
+) -> None:
+    """Report what to trust of the posterior; writes its draws to posterior.nc.
+
+    Args:
+        run_dir: a run directory that fit wrote.
+        data: as in fit; by default what the run held out, or else what it was trained on.
+        num_draws: draws of the guide.
+        max_data: data whose draws are kept, the first of them.
+        which: last, best, or the name of a checkpoint.
+        ema: take the moving averages of the parameters.
+        seed: of the draws.
+    """
+    torch.manual_seed(seed)
+    model, guide = load(run_dir, which=which, ema=ema)
+    args, kwargs, which_data = _recorded(run_dir, data)
+    first = partial(_rows, count=max_data, total=_size(args, kwargs))
+    args, kwargs = tuple(first(value) for value in args), {name: first(value) for name, value in kwargs.items()}
+    tree = to_datatree(model, guide, *args, num_draws=num_draws, **kwargs)
+    path = Path(run_dir) / "posterior.nc"
+    tree.to_netcdf(path, engine="h5netcdf")
+    print(f"{which_data}: {num_draws} draws in {path}")
+    try:
+        for site, count in active_units(model, guide, *args, **kwargs).items():
+            print(f"active units of {site}: {count}" + ("" if count else " (collapsed onto its prior)"))
+    except ValueError as error:
+        print(f"active units: {error}")
+
+
+def _parts(data: str, held_out: str | None, binarize: float | str | None) -> tuple[Any, Any]:
+    """Data to train on and data held out, binarised; the held-out part once, also where the other is redrawn."""
+    if isinstance(binarize, str) and binarize != "random":
+        raise ValueError(f"binarize is a threshold in [0, 1], or random; got {binarize!r}.")
+    found, rest = load_data(data)
+    if held_out is not None:
+        rest = load_data(held_out)[0]
+    if binarize is None:
+        return found, rest
+    if binarize == "random":
+        return found, rest
+    return thresholded(found, float(binarize)), None if rest is None else thresholded(rest, float(binarize))
+
+
+def _recorded(run_dir: str, data: str | None) -> tuple[tuple, dict[str, Any], str]:
+    """Arguments of the programs: the data named, or those of the run; and what they are called."""
+    path = Path(run_dir) / _COMMAND
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if data is None and "data" not in kept:
+        raise ValueError(f"{run_dir} was not written by `pyro-hvae fit` and names no data: give --data.")
+    name = kept["data"] if data is None else data
+    found, rest = _parts(name, kept.get("held_out") if data is None else None, kept.get("binarize"))
+    label = f"{name}, held out" if rest is not None else name
+    chosen = found if rest is None else rest
+    args, kwargs = as_batch(chosen)
+    if kept.get("binarize") == "random":
+        args, kwargs = as_batch(Redrawn()(*args, **kwargs))
+    return args, kwargs, label
+
+
+def _size(args: tuple, kwargs: dict[str, Any]) -> int:
+    return next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def _rows(value: Any, *, count: int, total: int) -> Any:
+    return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == total else value
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error over the data; the error is 0 for one value."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _because(reason: str | None) -> str:
+    return "" if reason is None else f"; stopped: {reason}"
