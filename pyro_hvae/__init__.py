@@ -23,6 +23,7 @@ from pyro_hvae.bounds import (
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.coding import decode, encode, impute, reconstruct
 from pyro_hvae.diagnostics import to_datatree
+from pyro_hvae.evidence import evidence_sandwich, log_evidence
 from pyro_hvae.kernels import (
     Bernoulli,
     Categorical,
@@ -69,6 +70,7 @@ __all__ = [
     "__version__",
     "decode",
     "encode",
+    "evidence_sandwich",
     "explain",
     "fit",
     "fit_restarts",
@@ -76,6 +78,7 @@ __all__ = [
     "impute",
     "ladder_vae",
     "load",
+    "log_evidence",
     "reconstruct",
     "to_datatree",
     "vae",

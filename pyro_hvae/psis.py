@@ -29,7 +29,8 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
 
     Returns:
         Normalised log-weights of the same shape (their exponentials sum to one along ``dim``), and k-hat, of the
-        shape without ``dim``: ``-inf`` where all weights are the same, ``inf`` where there are too few draws to tell.
+        shape without ``dim``: ``-inf`` where all weights are the same, or all of the largest; ``inf`` where there are
+        too few draws to tell.
 
     Raises:
         ValueError: for fewer than 5 draws, NaN or +inf, or a column without any positive weight.
@@ -44,7 +45,8 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
 
     weights = log_weights.detach().movedim(dim, -1)
     _check(weights)
-    # The fit divides by the spread of the tail, so columns without any are answered beforehand.
+    # The fit divides by the spread of the tail, so columns without any are answered beforehand: the weights of
+    # discrete draws may share their largest value, which bounds them, and then every moment exists.
     spread = weights.amax(-1) - weights.amin(-1)
     exact = spread < EXACT_SPREAD
     flat = weights.double().cpu().numpy().reshape(-1, weights.shape[-1])
@@ -52,8 +54,10 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     khat = np.full(len(flat), -np.inf)
     rest = ~exact.cpu().numpy().reshape(-1)
     if rest.any():
-        smoothed[rest], khat[rest] = array_stats.psislw(-flat[rest], axis=-1)
-        smoothed[rest] -= _logsumexp(smoothed[rest])
+        for row in np.flatnonzero(rest):
+            if not _constant_tail(flat[row]):
+                smoothed[row], khat[row] = array_stats.psislw(-flat[row])
+        smoothed -= _logsumexp(smoothed)
     back = {"dtype": log_weights.dtype, "device": log_weights.device}
     return (
         torch.as_tensor(smoothed, **back).reshape(weights.shape).movedim(-1, dim),
@@ -84,6 +88,13 @@ def _check(weights: Tensor) -> None:
     empty = (weights == -torch.inf).all(-1)
     if bool(empty.any()):
         raise ValueError(f"{int(empty.sum())} column(s) have no draw with a positive weight: every log-weight is -inf")
+
+
+def _constant_tail(row: np.ndarray) -> bool:
+    """Whether the draws that the fit would take for the tail all have the same weight."""
+    size = int(np.ceil(min(len(row) / 5, 3 * np.sqrt(len(row)))))
+    tail = np.sort(row)[-size:]
+    return bool(tail[-1] - tail[0] < EXACT_SPREAD)
 
 
 def _logsumexp(values: np.ndarray) -> np.ndarray:

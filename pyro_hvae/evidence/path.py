@@ -1,0 +1,189 @@
+r"""The path from a base distribution to the posterior, on the real line, and moves that leave its points invariant.
+
+Latents u live on the real line: :math:`z = T(u)` by the transform of each site's support, whose log-determinant enters
+both ends.  Between the base :math:`q` (the guide or the prior) and the joint,
+
+.. math:: \log f_\beta(u) = (1-\beta)\,\log q(T(u)|x) + \beta\,\log p(x, T(u)) + \log|\det T'(u)|.
+
+Chains and data are moved at once: a move is accepted or not for each chain and datum on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_hvae.evidence.importance import prior_guide
+from pyro_hvae.traces import Evaluator, Reading, read
+
+__all__ = ["Path", "Program", "State", "hamiltonian"]
+
+Program = Callable[..., Any]
+State = dict[str, Tensor]
+
+
+class Path:
+    """Densities between a base and a joint, per chain and datum.
+
+    Args:
+        model: a Pyro program, called with ``args`` and ``kwargs``.
+        base: the program to start from; the model's prior if None.
+        num_chains: K, the leftmost dim of every state.
+
+    Raises:
+        ValueError: for a model without latents, one with discrete latents, or a subsampled plate that does not enclose
+            all sites.
+    """
+
+    def __init__(
+        self, model: Program, base: Program | None, args: tuple, kwargs: Mapping[str, Any], num_chains: int
+    ) -> None:
+        self.num_chains = num_chains
+        self.model = model
+        self.base = prior_guide(model) if base is None else base
+        self.args, self.kwargs = args, dict(kwargs)
+        self.evaluate = Evaluator(model, self.base, args, self.kwargs, num_particles=num_chains)
+        found = self.evaluate.structure
+        if not found.drawn:
+            raise ValueError("the model has no latent site, so there is nothing to anneal: its evidence is exact")
+        if found.auxiliary:
+            raise ValueError(
+                f"the base draws auxiliary site(s) {list(found.auxiliary)}, whose transforms annealing can't move "
+                'through: anneal from the prior (base="prior"), or write the guide on the latents themselves'
+            )
+        partial = [plate.name for plate in found.subsampled if plate not in found.common]
+        if partial:
+            raise ValueError(f"plate(s) {partial} are subsampled and do not enclose all sites: pass the whole data")
+        self.transforms = {}
+        for name in found.drawn:
+            support = self.evaluate.template.nodes[name]["fn"].support
+            if support.is_discrete:
+                raise ValueError(
+                    f"site '{name}' is discrete, and the transitions move on the real line: sum it out in the "
+                    'model with infer={"enumerate": "parallel"}'
+                )
+            self.transforms[name] = biject_to(support)
+
+    def start(self) -> State:
+        """Independent draws of the base."""
+        with torch.no_grad():
+            reading = read(self.model, self.base, self.args, self.kwargs, num_particles=self.num_chains)
+        return self.unconstrain(reading.values)
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> State:
+        """States at given latent values, one for each chain.
+
+        Raises:
+            ValueError: if a site is missing, or has another number of draws than there are chains.
+        """
+        missing = sorted(set(self.transforms) - set(values))
+        if missing:
+            raise ValueError(f"no value was given for site(s) {missing}; given: {sorted(values)}")
+        return {
+            name: transform.inv(self.evaluate.place(name, values[name])).detach()
+            for name, transform in self.transforms.items()
+        }
+
+    def constrain(self, state: State) -> dict[str, Tensor]:
+        return {name: transform(state[name]) for name, transform in self.transforms.items()}
+
+    def densities(self, state: State) -> tuple[Tensor, Tensor, Reading]:
+        """(log base, log joint) on the real line, each ``(K, *plates)``."""
+        values = {name: transform(state[name]) for name, transform in self.transforms.items()}
+        reading = self.evaluate(values)
+        volume: Any = 0.0
+        for name, transform in self.transforms.items():
+            event_dim = self.evaluate.template.nodes[name]["fn"].event_dim
+            change = transform.log_abs_det_jacobian(state[name], values[name])
+            extra = change.dim() - (state[name].dim() - event_dim)
+            volume = volume + reading.reduce(change.sum(tuple(range(-extra, 0))) if extra > 0 else change)
+        log_q = sum(reading.log_q[name] for name in self.transforms) + volume
+        log_p = sum(reading.log_p.values()) + volume
+        shape = reading.log_weights.shape
+        return log_q.expand(shape), log_p.expand(shape), reading
+
+    def difference(self, state: State) -> Tensor:
+        """log joint less log base, the derivative of log f in beta."""
+        with torch.no_grad():
+            log_q, log_p, _ = self.densities(state)
+        return log_p - log_q
+
+    def gradient(self, state: State, beta: float) -> tuple[Tensor, State]:
+        """log f at beta, and its gradient in every latent."""
+        leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
+        with torch.enable_grad():
+            log_q, log_p, _ = self.densities(leaves)
+            log_f = (1 - beta) * log_q + beta * log_p
+            slopes = torch.autograd.grad(log_f.sum(), list(leaves.values()))
+        return log_f.detach(), dict(zip(leaves, slopes, strict=True))
+
+    def per_datum(self, state: State) -> Tensor:
+        """Sum a quantity of the states' shapes for each chain and datum."""
+        total: Any = 0.0
+        for name, value in state.items():
+            event_dim = self._event_dim(name)
+            total = total + self._reduce(value.sum(tuple(range(-event_dim, 0))) if event_dim else value)
+        return total
+
+    def spread(self, per_datum: Tensor, name: str, like: Tensor) -> Tensor:
+        """Values per chain and datum, laid out to broadcast against a site's state."""
+        nesting = self.evaluate.structure.max_plate_nesting
+        shape = [1] * (nesting + 1)
+        shape[0] = self.num_chains
+        for plate, size in zip(self.evaluate.structure.common, per_datum.shape[1:], strict=True):
+            shape[plate.dim] = size  # type: ignore[index]
+        laid = per_datum.reshape(shape if self.num_chains > 1 else shape[1:])
+        return laid.reshape(laid.shape + (1,) * self._event_dim(name)) if like.dim() else laid.reshape(())
+
+    def _event_dim(self, name: str) -> int:
+        transform = self.transforms[name]
+        event_dim = self.evaluate.template.nodes[name]["fn"].event_dim
+        return event_dim + transform.domain.event_dim - transform.codomain.event_dim
+
+    def _reduce(self, value: Tensor) -> Tensor:
+        nesting = self.evaluate.structure.max_plate_nesting
+        rank = nesting + (self.num_chains > 1)
+        value = value.reshape((1,) * (rank - value.dim()) + value.shape)
+        keep = {plate.dim for plate in self.evaluate.structure.common}
+        keep |= {-rank} if self.num_chains > 1 else set()
+        dims = [dim for dim in range(-value.dim(), 0) if dim not in keep]
+        value = value.sum(dims) if dims else value
+        return value if self.num_chains > 1 else value.unsqueeze(0)
+
+
+def hamiltonian(path: Path, state: State, beta: float, step_size: float, num_steps: int) -> tuple[State, Tensor]:
+    r"""One HMC move that leaves f at beta invariant (``num_steps=1`` is MALA).
+
+    Args:
+        step_size: of the leapfrog integrator, > 0.
+        num_steps: leapfrog steps, >= 1.
+
+    Returns:
+        The new state, and the acceptance probability per chain and datum.
+
+    Reference:
+        MCMC Using Hamiltonian Dynamics (Neal, 2011).
+    """
+    momentum = {name: torch.randn_like(value) for name, value in state.items()}
+    log_f, slope = path.gradient(state, beta)
+    energy = log_f - 0.5 * path.per_datum({name: p**2 for name, p in momentum.items()})
+    position = state
+    for _ in range(num_steps):
+        momentum = {name: p + 0.5 * step_size * slope[name] for name, p in momentum.items()}
+        position = {name: u + step_size * momentum[name] for name, u in position.items()}
+        log_f, slope = path.gradient(position, beta)
+        momentum = {name: p + 0.5 * step_size * slope[name] for name, p in momentum.items()}
+    proposed = log_f - 0.5 * path.per_datum({name: p**2 for name, p in momentum.items()})
+    # A leap out of the region of finite density is a rejection; so is one from there, where no ratio exists.
+    ratio = torch.where(torch.isfinite(proposed), proposed - energy, torch.full_like(energy, -math.inf))
+    ratio = torch.where(torch.isnan(ratio), torch.full_like(ratio, -math.inf), ratio)
+    accept = torch.rand_like(ratio).log() < ratio
+    moved = {
+        name: torch.where(path.spread(accept, name, value), position[name], value) for name, value in state.items()
+    }
+    return moved, ratio.clamp(max=0.0).exp()
