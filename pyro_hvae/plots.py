@@ -50,7 +50,8 @@ def training_curves(history: Any, *, terms: bool = True) -> Figure:
             points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
             if points:
                 steps, values = zip(*points, strict=True)
-                values = [-v for v in values] if name == "reconstruction" else values
+                if name == "reconstruction":
+                    values = tuple(-value for value in values)
                 label = {"reconstruction": "-reconstruction", "validation_loss": "held-out loss"}.get(name, name)
                 axis.plot(steps, values, style, label=label, linewidth=1.4)
         axis.set_xlabel("step")

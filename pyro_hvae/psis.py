@@ -58,11 +58,8 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
             if not _constant_tail(flat[row]):
                 smoothed[row], khat[row] = array_stats.psislw(-flat[row])
         smoothed -= _logsumexp(smoothed)
-    back = {"dtype": log_weights.dtype, "device": log_weights.device}
-    return (
-        torch.as_tensor(smoothed, **back).reshape(weights.shape).movedim(-1, dim),
-        torch.as_tensor(khat, **back).reshape(spread.shape),
-    )
+    normalised = torch.as_tensor(smoothed).to(log_weights).reshape(weights.shape)
+    return normalised.movedim(-1, dim), torch.as_tensor(khat).to(log_weights).reshape(spread.shape)
 
 
 def pareto_khat(log_weights: Tensor, dim: int = 0) -> Tensor:

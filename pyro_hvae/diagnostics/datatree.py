@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_hvae.traces import Reading, read
+from pyro_hvae.traces.reading import total
 from pyro_hvae.traces.structure import sample_sites
 
 __all__ = ["to_datatree"]
@@ -116,8 +117,8 @@ def _groups(reading: Reading) -> dict[str, dict[str, np.ndarray]]:
         likelihood[name] = _array(_squeeze(reading, name, log_prob, 0))
         predicted[name] = _placed(reading, name, site["fn"].sample(), "model")
     whole = reading.over(())
-    log_p = sum(term.expand(reading.num_particles) for term in whole.log_p.values())
-    log_q = sum(term.expand(reading.num_particles) for term in whole.log_q.values())
+    log_p = total(whole.log_p).expand(reading.num_particles)
+    log_q = total(whole.log_q).expand(reading.num_particles)
     return {
         "posterior": posterior,
         "sample_stats": {"lp": _array(log_p), "log_q": _array(log_q), "log_weight": _array(reading.log_weights)},
