@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions import constraints as torch_constraints
 
 from pyro_hvae.training.checkpoint import (
     CONFIG,
@@ -156,7 +157,8 @@ def constraint_from(record: Mapping[str, Any]) -> Any:
     Raises:
         CheckpointError: for a constraint that is not torch's or Pyro's.
     """
-    kind = getattr(constraints, record["class"], None)
+    # Pyro's module adds constraints of its own and names torch's instances, but not the classes behind them
+    kind = getattr(constraints, record["class"], None) or getattr(torch_constraints, record["class"], None)
     if kind is None:
         raise CheckpointError(
             f"constraint {record['class']} of a stored parameter is not one of torch's: build the programs, run them "
