@@ -12,7 +12,7 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from pyro_hvae.bounds.gradients import GRADIENTS, averaged, check_transforms
+from pyro_hvae.bounds.gradients import GRADIENTS, averaged, check_holdable
 from pyro_hvae.traces import Reading, Structure, read
 from pyro_hvae.traces.parameters import check_trained, make_registrable
 from pyro_hvae.traces.running import known, unregistered
@@ -263,13 +263,13 @@ class WeightBound(Bound):
         surrogate = value
         if torch.is_grad_enabled() and self.gradient != "pathwise":
             if self.gradient in ("stl", "dreg"):
-                self._check_transforms(model, guide, reading)
+                self._check_holdable(model, guide, reading)
             surrogate = GRADIENTS[self.gradient](reading, self.reduce, self.num_repeats)
         return Estimate(value, surrogate, reading.scale), reading
 
-    def _check_transforms(self, model: Program, guide: Program, reading: Reading) -> None:
+    def _check_holdable(self, model: Program, guide: Program, reading: Reading) -> None:
         checked = known(model, guide).checked_routes
-        key = ("transforms", reading.structure.signature)
+        key = ("holdable", reading.structure.signature)
         if key not in checked:
-            check_transforms(reading, self.gradient)
+            check_holdable(reading, self.gradient)
             checked.add(key)

@@ -30,13 +30,14 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_hvae.traces import Reading
+from pyro_hvae.traces.parameters import graph_leaves
 from pyro_hvae.traces.reading import total
 
 __all__ = [
     "GRADIENTS",
     "Reduction",
     "averaged",
-    "check_transforms",
+    "check_holdable",
     "dreg",
     "fold",
     "leave_one_out",
@@ -79,23 +80,32 @@ def dreg(reading: Reading, reduce: Reduction, repeats: int = 1) -> Tensor:
     return surrogate.mean(0) if repeats > 1 else surrogate
 
 
-def check_transforms(reading: Reading, gradient: str) -> None:
-    """Refuse ``stl`` and ``dreg`` where the guide's parameters move a draw outside of its density.
+def check_holdable(reading: Reading, gradient: str) -> None:
+    """Refuse ``stl`` and ``dreg`` where the guide's parameters can't be held in log q.
 
-    A ``Delta`` site may pass an auxiliary draw through a transformation.  If that has parameters, the density of the
-    draw has them too, but not as a function of the draw: holding them in log q would drop a part of the gradient.
+    They can't where the guide reads trainable tensors that it neither owns nor names; nor where a ``Delta`` site
+    passes an auxiliary draw through a transformation that has parameters: the density of the draw has them too, but
+    not as a function of the draw.
 
     Raises:
-        ValueError: naming such a site.
+        ValueError: naming such a site, or the shapes of such tensors.
     """
+    held = reading.replay(freeze=True, detach=True)
+    loose = graph_leaves(term for term in held.log_q.values())
+    if loose:
+        shapes = [tuple(tensor.shape) for tensor in loose.values()]
+        raise ValueError(
+            f"the guide reads {len(shapes)} trainable tensor(s) of shapes {shapes[:5]} that are neither parameters of "
+            f"its module nor pyro.param statements, so the {gradient!r} gradient can't hold them in log q and would "
+            "be biased: register them, or use gradient='pathwise'"
+        )
     if not any(site.guide_distribution == "Delta" for site in reading.structure.sites.values()):
         return
-    held = reading.replay(freeze=False, detach=True)
+    moved = reading.replay(freeze=False, detach=True)
     for name in reading.structure.drawn:
-        site = held.guide_trace.nodes[name]
         if reading.structure.sites[name].guide_distribution != "Delta":
             continue
-        if any(part.requires_grad for part in _delta_parts(site["fn"])):
+        if any(part.requires_grad for part in _delta_parts(moved.guide_trace.nodes[name]["fn"])):
             raise ValueError(
                 f"site '{name}' is a Delta that transforms auxiliary draws with parameters of the guide, so the "
                 f"{gradient!r} gradient, which holds those in log q, would miss a part: use gradient='pathwise', or "
