@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyro_hvae.traces import structure
 from pyro_hvae.traces.parameters import param_sites, unconstrained
-from pyro_hvae.traces.running import isolated, run_pair
+from pyro_hvae.traces.running import _bare, isolated, run_pair, unregistered
 from pyro_hvae.training.rebuild import constraint_record, hold
 
 __all__ = ["PairObjective", "accepts"]
@@ -91,7 +91,8 @@ class PairObjective(nn.Module):
         """The loss of a batch, 0-dim, in nats a datum."""
         if self.step is not None and hasattr(self.bound, "set_step"):
             self.bound.set_step(self.step)  # weights that follow the step: once for each step, however many batches
-        loss = self.bound.differentiable_loss(self.model, self.guide, *args, **self.keywords(kwargs))
+        with unregistered():
+            loss = self.bound.differentiable_loss(self.model, self.guide, *args, **self.keywords(kwargs))
         return loss / self.normaliser
 
     def terms(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -115,8 +116,8 @@ class PairObjective(nn.Module):
 
     def _adopt_store(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Register what the programs read from the parameter store and no module of theirs owns."""
-        with isolated(self.model, self.guide):
-            traces = run_pair(self.model, self.guide, args, kwargs)
+        with isolated(self.model, self.guide), unregistered():  # another pair's parameters may stand in the store
+            traces = run_pair(_bare(self.model), _bare(self.guide), args, kwargs)
         owned = {id(parameter) for parameter in self.parameters()}
         store = pyro.get_param_store()
         for name, site in param_sites(*reversed(traces)).items():
