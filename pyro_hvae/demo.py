@@ -11,7 +11,7 @@ compared on images they have not seen by
 - the log-likelihood of independent Bernoulli pixels with the training set's frequencies, the least that any model of
   images must beat.
 
-All three are trained on the layerwise bound, its divergences weighted by a factor that grows to one during the first half
+All three are trained on the layerwise bound, its divergences weighted by a factor that grows to one in the first half
 of the time. The ladder's terms are true divergences, so it also gets free bits that vanish before the end: without
 them its upper layers collapse. What is reported is the bound itself.
 """
@@ -51,6 +51,8 @@ _SHAPE = (8, 8)
 class Clock:
     """Callback that ends a run after some seconds and lowers the learning rate by a cosine on the way.
 
+    Seconds are of processor time, so that models are compared fairly on a machine that has other work to do as well.
+
     Args:
         seconds: of training, > 0.
         rate: learning rate at the start.
@@ -70,7 +72,7 @@ class Clock:
     @property
     def fraction(self) -> float:
         """Part of the time that is over, in [0, 1]."""
-        return 0.0 if self._begin is None else min((time.perf_counter() - self._begin) / self.seconds, 1.0)
+        return 0.0 if self._begin is None else min((time.process_time() - self._begin) / self.seconds, 1.0)
 
     def kl_weight(self, step: int) -> float:
         """Weight of the divergences: the square of a line from 0 to 1 over the first half of the time."""
@@ -84,7 +86,7 @@ class Clock:
         return f"Clock(seconds={self.seconds:g}, rate={self.rate:g})"
 
     def on_start(self, run: Any) -> None:
-        self._begin = time.perf_counter()
+        self._begin = time.process_time()
         if self.label is not None:
             form = "{desc:<12} {percentage:3.0f}% |{bar:30}| {postfix}"
             self._bar = tqdm(total=self.seconds, desc=self.label, bar_format=form)
@@ -166,14 +168,14 @@ def demo(
 
     Args:
         out: the folder.
-        seconds: of training for each of the three models.
+        seconds: of processor time to train each of the three models.
         seed: of weights, noise and order of the data; the number of steps made in the time varies all the same.
         progress: show a bar.
         say: where lines of the report go.
 
     Returns:
         What ``results.json`` holds: ``baseline`` in nats, and for each model what :func:`evaluate` returns with
-        ``steps`` and ``seconds``.
+        ``steps`` and ``training_seconds`` by the wall clock.
 
     Raises:
         ImportError: without scikit-learn.

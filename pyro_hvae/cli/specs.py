@@ -56,8 +56,9 @@ def load_object(path: str) -> Any:
 def make(spec: Any, known: Mapping[str, Any] | None = None) -> Any:
     """Build what a specification in YAML describes.
 
-    ``{class_path: path, init_args: {...}}`` is a call of that class or function, ``{object: path}`` the object itself,
-    a string ``$name`` something already made. Lists and mappings are gone through; all else is as it stands.
+    ``{class_path: path, args: [...], init_args: {...}}`` is a call of that class or function, ``{object: path}`` the
+    object itself, a string ``$name`` something already made. Lists and mappings are gone through; all else is as it
+    stands.
 
     Example:
         >>> make({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 1}})
@@ -70,10 +71,11 @@ def make(spec: Any, known: Mapping[str, Any] | None = None) -> Any:
         return known[spec[1:]]
     if isinstance(spec, Mapping):
         if "class_path" in spec:
-            extra = set(spec) - {"class_path", "init_args"}
+            extra = set(spec) - {"class_path", "args", "init_args"}
             if extra:
-                raise ValueError(f"beside class_path stands init_args and nothing else, got {sorted(extra)}.")
-            return load_object(spec["class_path"])(**make(spec.get("init_args") or {}, known))
+                raise ValueError(f"beside class_path stand args and init_args and nothing else, got {sorted(extra)}.")
+            positional, named = make(spec.get("args") or [], known), make(spec.get("init_args") or {}, known)
+            return load_object(spec["class_path"])(*positional, **named)
         if set(spec) == {"object"}:
             return load_object(spec["object"])
         return {key: make(value, known) for key, value in spec.items()}
