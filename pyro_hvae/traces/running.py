@@ -268,10 +268,11 @@ def isolated(*programs: Program) -> Iterator[None]:
     Running statistics of batch norm are restored too.
     """
     buffers = [buffer for program in programs if isinstance(program, torch.nn.Module) for buffer in program.buffers()]
-    kept = [(buffer._version, buffer.clone()) for buffer in buffers]
+    kept = [buffer.clone() for buffer in buffers]
     with torch.random.fork_rng(), poutine.block():
         yield
     with torch.no_grad():
-        for buffer, (version, value) in zip(buffers, kept, strict=True):
-            if buffer._version != version:  # a graph may hold one that no run has touched
+        for buffer, value in zip(buffers, kept, strict=True):
+            # A graph may hold one that no run has touched. Batch norm changes its own without counting a version.
+            if not torch.equal(buffer, value):
                 buffer.copy_(value)

@@ -37,9 +37,23 @@ class Feed:
         """The batches of an epoch from number ``start`` on."""
         raise NotImplementedError
 
+    def example(self) -> Batch:
+        """A first batch to look at; nothing is used up, and no generator moves."""
+        with torch.random.fork_rng():
+            for batch in self.epoch(0):
+                return batch
+        raise ValueError("the data has no batch: there is nothing to train on")
+
     def shard(self, rank: int, world_size: int) -> Feed:
         """The part of each batch that process ``rank`` of ``world_size`` sees."""
         raise NotImplementedError
+
+    def state_dict(self) -> Any:
+        """What the source itself remembers, if anything; (epoch, batch) is all there is to know of the others."""
+        return None
+
+    def load_state_dict(self, state: Any) -> None:
+        """Put the source back, so that the next ``epoch()`` goes on after the batch last handed out."""
 
 
 class TensorFeed(Feed):
@@ -85,8 +99,8 @@ class TensorFeed(Feed):
         if (smallest or self.batch_size) % world_size or self.batch_size % world_size:
             raise ValueError(
                 f"batches of {self.batch_size} (the last {smallest or self.batch_size}) of {self.data_size} data do "
-                f"not divide among {world_size} processes, so their averaged gradients would not be the batch's: choose "
-                "a batch_size that does, or drop_last=True"
+                f"not divide among {world_size} processes, so their averaged gradients would not be the batch's: "
+                "choose a batch_size that does, or drop_last=True"
             )
         part = TensorFeed(
             (self.args, self.kwargs),
@@ -123,32 +137,53 @@ class TensorFeed(Feed):
 
 
 class IterableFeed(Feed):
-    """Any iterable of batches, a ``DataLoader`` for instance.
+    """Any iterable of batches: :class:`pyro_hvae.data.Batches`, a ``DataLoader``.
 
-    Torch's generator is seeded by (seed, epoch) while the iterator is made and its first batch fetched, so a
-    shuffling ``DataLoader`` has the same order in a resumed run.  An iterable with a state of its own cannot be
-    brought back; batches already seen are skipped by fetching them.
+    A source with ``state_dict`` and ``load_state_dict`` is saved and put back by these.  For others torch's generator
+    is seeded by (seed, epoch) while the iterator is made and its first batch fetched, so that a shuffling
+    ``DataLoader`` has the same order in a resumed run; batches already seen are skipped by fetching them.  An
+    iterable with a hidden state of its own cannot be brought back.
     """
 
     def __init__(self, source: Iterable[Any], *, seed: int = 0) -> None:
-        self.source, self.seed = source, seed
+        self.source: Any = source
+        self.seed = seed
+        self.stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self.once = iter(source) is source
-        self.used = False
+        self.used = self.positioned = False
         try:
-            self.batches = len(source)  # type: ignore[arg-type]
+            self.batches = len(self.source)
         except TypeError:
             self.batches = None
-        dataset = getattr(source, "dataset", None)
-        try:
-            self.data_size = None if dataset is None else len(dataset)
-        except TypeError:
-            self.data_size = None
+        self.data_size = getattr(source, "data_size", None)
+        if self.data_size is None and hasattr(getattr(source, "dataset", None), "__len__"):
+            self.data_size = len(self.source.dataset)
         self.rank, self.world_size = 0, 1
 
     def shard(self, rank: int, world_size: int) -> IterableFeed:
         part = IterableFeed(self.source, seed=self.seed)
         part.rank, part.world_size = rank, world_size
         return part
+
+    def example(self) -> Batch:
+        if self.once:  # put it back
+            for item in self.source:
+                self.source = itertools.chain([item], self.source)
+                return as_batch(item)
+        state = self.state_dict()
+        batch = super().example()
+        self.used = False
+        if state is not None:
+            self.load_state_dict(state)
+        return batch
+
+    def state_dict(self) -> Any:
+        return self.source.state_dict() if self.stateful else None
+
+    def load_state_dict(self, state: Any) -> None:
+        if state is not None and self.stateful:
+            self.source.load_state_dict(state)
+            self.positioned = True
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         if self.once and self.used:
@@ -157,14 +192,20 @@ class IterableFeed(Feed):
                 "again (a list, a DataLoader, an object with __iter__), or steps= small enough for one pass"
             )
         self.used = True
-        with torch.random.fork_rng():
-            torch.manual_seed(derived(self.seed, epoch).initial_seed())
+        if self.stateful:
+            skipped = 0 if self.positioned else start
+            self.positioned = False
             batches = iter(self.source)
-            first = list(itertools.islice(batches, 1))
-        rest = itertools.chain(first, batches)
-        for _ in itertools.islice(rest, start):  # now, not when the first batch is asked for
+        else:
+            skipped = start
+            with torch.random.fork_rng():
+                torch.manual_seed(derived(self.seed, epoch).initial_seed())
+                batches = iter(self.source)
+                first = list(itertools.islice(batches, 1))
+            batches = itertools.chain(first, batches)
+        for _ in itertools.islice(batches, skipped):  # now, not when the first batch is asked for
             pass
-        return (self._share(as_batch(item)) for item in rest)
+        return (self._share(as_batch(item)) for item in batches)
 
     def _share(self, batch: Batch) -> Batch:
         if self.world_size == 1:

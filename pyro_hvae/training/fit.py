@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 import pyro_hvae
+from pyro_hvae.compile import CompiledStep
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.averages import Averages
 from pyro_hvae.training.callbacks import ProgressBar, TensorBoard
 from pyro_hvae.training.distributed import Ranks, seed_rank
-from pyro_hvae.training.feed import Batch, as_batch, feed
+from pyro_hvae.training.feed import Batch, Feed, as_batch, feed
 from pyro_hvae.training.history import History
 from pyro_hvae.training.loop import Run
 from pyro_hvae.training.objective import PairObjective
 from pyro_hvae.training.rebuild import factory_record
-from pyro_hvae.training.step import EagerStep, make_optimizer
+from pyro_hvae.training.step import Autocast, CompiledBatches, EagerStep, make_optimizer
 
 __all__ = ["Result", "fit", "fit_restarts"]
 
@@ -180,10 +181,21 @@ def fit(
     objective = PairObjective(bound, model, guide, *example, size)
     objective.train()
     own_optimizer = make_optimizer(optimizer, objective)
-    wrapped, stepped = ranks.setup(objective, own_optimizer)
+    cast = objective if precision is None else Autocast(objective, precision)
+    wrapped, stepped = ranks.setup(cast, own_optimizer)
     if ranks.world_size > 1 and source is None:
         seed_rank(seed, ranks.rank)
-    eager = EagerStep(wrapped, stepped, clip_norm=clip_norm, precision=precision, fabric=fabric)
+    eager = EagerStep(wrapped, stepped, clip_norm=clip_norm, fabric=fabric)
+    step: Any = eager
+    if compile is not False:
+        if fabric is not None:
+            raise ValueError(
+                "compile= and fabric= can't be used together: the gradients of a compiled step are not synced"
+            )
+        options = dict(compile) if isinstance(compile, Mapping) else {}
+        step = CompiledBatches(
+            CompiledStep(cast, own_optimizer, clip_norm=clip_norm, fuse_optimizer=accumulate == 1, **options)
+        )
     averages = None if ema is None else Averages(objective, ema)
 
     own_callbacks = list(callbacks)
@@ -197,7 +209,7 @@ def fit(
 
     run = Run(
         objective,
-        eager,
+        step,
         eager,
         batches,
         change,
@@ -310,8 +322,7 @@ def _transform(transform: Callable[..., Any] | None) -> Callable[[tuple, dict[st
     return lambda args, kwargs: as_batch(transform(*args, **kwargs))
 
 
-def _example(whole: Any, change: Callable[[tuple, dict[str, Any]], Batch]) -> Batch:
+def _example(whole: Feed, change: Callable[[tuple, dict[str, Any]], Batch]) -> Batch:
+    args, kwargs = whole.example()
     with torch.random.fork_rng():
-        for args, kwargs in whole.epoch(0):
-            return change(args, kwargs)
-    raise ValueError("the data has no batch: there is nothing to train on")
+        return change(args, kwargs)

@@ -249,6 +249,7 @@ class Run:
             "epoch": self.epoch,
             "batch": self.batch,
             "since": self._since_record,
+            "feed": self.feed.state_dict(),
             "generators": checkpoint.generators(),
             "rates": [group["lr"] for group in self.optimizer.param_groups],
             "schedule": None if self.schedule is None else copy.deepcopy(self.schedule.state_dict()),
@@ -316,6 +317,7 @@ class Run:
     def _go_to(self, position: dict[str, Any]) -> None:
         self.step, self.epoch, self.batch = position["step"], position["epoch"], position["batch"]
         self._since_record = position["since"]
+        self.feed.load_state_dict(position["feed"])
         for group, rate in zip(self.optimizer.param_groups, position["rates"], strict=True):
             group["lr"] = rate
         if self.schedule is not None:
@@ -352,6 +354,7 @@ class Run:
             "seed": self.seed,
             "sum": self._sum,
             "since": self._since_record,
+            "feed": self.feed.state_dict(),
             "terms_due": self._terms_due,
             "best": self.best,
             "stopped": None if self._signal is not None else self.stopped,
@@ -389,6 +392,7 @@ class Run:
                 own.load_state_dict(state[what])
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self._since_record, self._terms_due = state["since"], state["terms_due"]
+        self.feed.load_state_dict(state["feed"])
         self._sum.copy_(state["sum"])
         self.best, self.stopped, self._saved = state["best"], state["stopped"], state["step"]
         for callback, kept in zip(self.callbacks, state["callbacks"], strict=False):

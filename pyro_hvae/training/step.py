@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_hvae.compile import CompiledStep
 from pyro_hvae.training.feed import Batch
 
-__all__ = ["EagerStep", "adam", "make_optimizer"]
+__all__ = ["Autocast", "CompiledBatches", "EagerStep", "adam", "make_optimizer"]
 
 
 class EagerStep:
@@ -20,7 +21,6 @@ class EagerStep:
         objective: a module whose call gives the loss of a batch.
         optimizer: over its parameters.
         clip_norm: the global norm that gradients are cut to, or None.
-        precision: ``"bf16"`` runs the programs under autocast; parameters and optimiser stay as they are.
         fabric: what the backward pass goes through, if anything.
     """
 
@@ -30,20 +30,13 @@ class EagerStep:
         optimizer: torch.optim.Optimizer,
         *,
         clip_norm: float | None = None,
-        precision: str | None = None,
         fabric: Any = None,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, got {clip_norm}")
-        if precision not in (None, "bf16"):
-            raise ValueError(
-                f"precision must be None or 'bf16', got {precision!r}; for others (float16 with loss scaling, float8) "
-                "pass fabric=Fabric(precision=...)"
-            )
         self.objective = objective
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self.precision = precision
         self.fabric = fabric
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -52,7 +45,7 @@ class EagerStep:
         self.optimizer.zero_grad(set_to_none=True)
         total = None
         for index, (args, kwargs) in enumerate(batches):
-            loss = self._loss(args, kwargs)
+            loss = self.objective(*args, **kwargs)
             if len(batches) > 1:
                 loss = loss / len(batches)
             self._backward(loss, last=index == len(batches) - 1)
@@ -71,19 +64,51 @@ class EagerStep:
         self.apply()
         return loss
 
-    def _loss(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        if self.precision is None:
-            return self.objective(*args, **kwargs)
-        device = next(iter(self.parameters)).device.type
-        with torch.autocast(device, dtype=torch.bfloat16):
-            return self.objective(*args, **kwargs)
-
     def _backward(self, loss: Tensor, last: bool) -> None:
         if self.fabric is None:
             loss.backward()
         else:
             with self.fabric.no_backward_sync(self.objective, enabled=not last):
                 self.fabric.backward(loss)
+
+
+class CompiledBatches:
+    """A compiled step, called as an eager one is: with the batches of one optimiser step."""
+
+    def __init__(self, compiled: CompiledStep) -> None:
+        self.compiled = compiled
+
+    def __call__(self, batches: Sequence[Batch]) -> Tensor:
+        if self.compiled.fuse_optimizer:
+            ((args, kwargs),) = batches
+            return self.compiled(*args, **kwargs)
+        return self.compiled.apply(self.compiled.backward(batches))
+
+
+class Autocast(nn.Module):
+    """An objective whose programs run under autocast; parameters and optimiser stay as they are."""
+
+    def __init__(self, objective: nn.Module, precision: str) -> None:
+        super().__init__()
+        if precision != "bf16":
+            raise ValueError(
+                f"precision must be None or 'bf16', got {precision!r}; for others (float16 with loss scaling, float8) "
+                "pass fabric=Fabric(precision=...)"
+            )
+        self.objective = objective
+        self.device_type = next(objective.parameters()).device.type
+
+    @property
+    def bound(self) -> Any:
+        return self.objective.bound
+
+    @property
+    def step(self) -> Any:
+        return self.objective.step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(self.device_type, dtype=torch.bfloat16):
+            return self.objective(*args, **kwargs)
 
 
 def adam(parameters: Any, lr: float = 1e-3, **options: Any) -> torch.optim.Adam:

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_hvae.bounds import LayerwiseELBO, Regularised, TraceELBO, warm_up
+from pyro_hvae.data import Batches
 from pyro_hvae.training import Averages, EarlyStopping, History, NonFiniteError, fit, fit_restarts
 
 quiet = {"progress": False}
@@ -147,8 +148,9 @@ def test_an_autoguide_gets_its_parameters_before_the_optimiser():
         lambda x: TensorDataset(x),
         lambda x: DataLoader(TensorDataset(x), batch_size=50),
         lambda x: [x[:100], x[100:]],
+        lambda x: Batches(x, batch_size=50),
     ],
-    ids=["tensor", "tuple", "mapping", "array", "dataset", "loader", "list of batches"],
+    ids=["tensor", "tuple", "mapping", "array", "dataset", "loader", "list of batches", "batches"],
 )
 def test_takes_any_kind_of_data(wrap, data):
     model, guide = Model(), Guide()
@@ -465,6 +467,9 @@ def test_an_optimizer_that_misses_parameters_is_refused(data):
 
 
 def test_a_used_up_iterator_is_an_error(data):
+    result = fit(Model(), Guide(), iter([data[:150], data[150:]]), bound=TraceELBO(), epochs=1, data_size=200, **quiet)
+    assert result.steps == 2
+    pyro.clear_param_store()
     with pytest.raises(ValueError, match="one-shot iterator"):
         fit(Model(), Guide(), iter([data]), bound=TraceELBO(), epochs=2, **quiet)
 

@@ -1,0 +1,374 @@
+"""The compiled training step."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_hvae.compile.graph import FlatGraph, NotTraceable, batch_key, kept_buffers, plain_programs, split_batch, trace
+from pyro_hvae.compile.update import AdamState, adam_update, clip, supports
+
+__all__ = ["CompileMismatchError", "CompileWarning", "CompiledStep", "compile_step"]
+
+
+class CompileWarning(UserWarning):
+    """A program could not be compiled and runs eagerly instead."""
+
+
+class CompileMismatchError(RuntimeError):
+    """A compiled step does not give what the program gives under the same noise."""
+
+
+def compile_step(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    example: Any,
+    *,
+    clip_norm: float | None = None,
+    backend: str = "inductor",
+    noise: str = "eager",
+    check: bool = True,
+) -> CompiledStep:
+    r"""Compile loss, gradient and optimiser of a Pyro pair into one function of a batch.
+
+    The program is traced once for each shape of a batch into a flat graph of tensor operations, with its random
+    draws alive, and compiled.  Parameters and optimiser state are changed in place, so everything that holds them
+    (the programs, ``optimizer.state_dict()``) sees the result, and eager steps may come between.
+
+    Args:
+        objective: a module whose call gives the loss: ``bound(model, guide)``.
+        optimizer: over its parameters.  ``torch.optim.Adam`` and ``AdamW`` become part of the graph; others run
+            eagerly on compiled gradients.
+        example: a batch, as the step will be called with: a tensor, a tuple of arguments, or a mapping of keywords.
+        clip_norm: global norm that gradients are cut to.
+        backend: ``"inductor"``, or ``"eager"`` to run the flat graph without compiling it.
+        noise: ``"eager"`` draws what the eager program would draw from the same generator state; ``"fused"`` draws
+            inside the compiled kernels, by another generator seeded from torch's: faster for many draws.
+        check: compare each new graph with the eager program under the same noise, before its first step.
+
+    Returns:
+        ``step(x) -> loss``, a :class:`CompiledStep`; the loss is a 0-dim tensor.  A program that can't be traced
+        runs eagerly, with one :class:`CompileWarning` that names the line.
+
+    Raises:
+        CompileMismatchError: if the check fails; nothing has been changed then.
+        ValueError: for an unknown backend or noise, or an optimiser that misses parameters of the objective.
+
+    What the program reads from Python at every step (an attribute that counts, a float that is annealed) is read
+    once; keep such things in tensors, or use :class:`pyro_hvae.bounds.Regularised`, whose weights are.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.nn import PyroModule
+        >>> from pyro_hvae.bounds import TraceELBO
+        >>> class Model(PyroModule):
+        ...     def forward(self, x):
+        ...         with pyro.plate("data", len(x)):
+        ...             z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        ...             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> class Guide(PyroModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.slope = torch.nn.Parameter(torch.zeros(()))
+        ...     def forward(self, x):
+        ...         with pyro.plate("data", len(x)):
+        ...             pyro.sample("z", dist.Normal(self.slope * x, 0.5**0.5))
+        >>> objective = TraceELBO()(Model(), Guide())
+        >>> x = torch.randn(1000)
+        >>> optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+        >>> step = compile_step(objective, optimizer, x, backend="eager")
+        >>> for _ in range(200):
+        ...     loss = step(x)
+        >>> round(objective.guide.slope.item(), 1)
+        0.5
+    """
+    step = CompiledStep(objective, optimizer, clip_norm=clip_norm, backend=backend, noise=noise, check=check)
+    if isinstance(example, Mapping):
+        step.prepare((), example)
+    else:
+        step.prepare(example if isinstance(example, tuple) else (example,), {})
+    return step
+
+
+class CompiledStep:
+    """A step of training, called with a batch; see :func:`compile_step`.
+
+    Attributes:
+        fallback: why and where the program could not be traced; None if it could.
+        seconds: spent tracing and compiling so far.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        backend: str = "inductor",
+        noise: str = "eager",
+        check: bool = True,
+        fuse_optimizer: bool = True,
+    ) -> None:
+        if backend not in ("inductor", "eager"):
+            raise ValueError(f"backend must be 'inductor' or 'eager', got {backend!r}")
+        if noise not in ("eager", "fused"):
+            raise ValueError(f"noise must be 'eager' or 'fused', got {noise!r}")
+        self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
+        self.backend, self.noise, self.check = backend, noise, check
+        self.fuse_optimizer = fuse_optimizer and supports(optimizer)
+        self.fallback: str | None = None
+        self.seconds = 0.0
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        held = {id(p) for p in self.parameters}
+        lost = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in held]
+        if lost:
+            raise ValueError(f"the optimizer does not hold {len(lost)} parameter(s) of the objective: {lost[:4]}")
+        self._bound = getattr(objective, "bound", getattr(objective, "elbo", None))
+        self._programs: dict[tuple, _Program] = {}
+        self._state: AdamState | None = None
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are: one for each shape of a batch."""
+        return len(self._programs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Make one step on a batch; its loss, before the step."""
+        program = self.prepare(args, kwargs)
+        if program is None or program.state is None:
+            return self.apply(self.backward([(args, kwargs)]))
+        self._advance()
+        return program.run(split_batch(args, kwargs)[0] if kwargs or len(args) != 1 else args)
+
+    def backward(self, batches: Sequence[tuple[tuple, Mapping[str, Any]]]) -> Tensor:
+        """Set the parameters' gradients to the mean over batches, without a step; the mean loss.
+
+        Only for a step whose optimiser is not a part of the graph (``fuse_optimizer=False``).
+        """
+        losses = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for args, kwargs in batches:
+            program = self.prepare(args, kwargs)
+            if program is None:
+                loss = self.objective(*args, **kwargs) / len(batches)
+                loss.backward()
+                losses.append(loss.detach())
+                continue
+            self._advance()
+            loss, *gradients = program.run(split_batch(args, kwargs)[0])
+            for parameter, gradient in zip(program.trained, gradients, strict=True):
+                share = gradient / len(batches) if len(batches) > 1 else gradient
+                parameter.grad = share if parameter.grad is None else parameter.grad + share
+            losses.append(loss / len(batches) if len(batches) > 1 else loss)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> _Program | None:
+        """Compile for batches like this one, if that is not done yet; None if the program can't be traced."""
+        if self.fallback is not None:
+            return None
+        key = batch_key(args, kwargs)
+        program = self._programs.get(key)
+        if program is None:
+            start = time.perf_counter()
+            try:
+                program = self._build(args, kwargs)
+            except NotTraceable as error:
+                self.fallback = f"{error.where}: {error}"
+                warnings.warn(
+                    f"this program runs eagerly, since it can't be compiled: {self.fallback}",
+                    CompileWarning,
+                    stacklevel=3,
+                )
+                return None
+            self._programs[key] = program
+            self.seconds += time.perf_counter() - start
+        return program
+
+    # -- building
+
+    def _build(self, args: tuple, kwargs: Mapping[str, Any]) -> _Program:
+        with _still(self._bound):
+            flat = trace(self.objective, self.parameters, args, kwargs)
+        trained = [flat.tensors[index] for index in flat.parameters]
+        if not trained:
+            raise ValueError("the loss does not depend on any parameter of the optimizer")
+        state = None
+        if self.fuse_optimizer:
+            if self._state is None:
+                self._state = AdamState(self.optimizer, trained)
+            if [id(p) for p in self._state.parameters] == [id(p) for p in trained]:
+                state = self._state
+        program = _Program(flat, trained, state, self.clip_norm, self.backend, self.noise)
+        if self.check:
+            self._compare(program, args, kwargs)
+        return program
+
+    def _compare(self, program: _Program, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Eager against flat graph, and flat graph against what was compiled, all under one noise."""
+        inputs = split_batch(args, kwargs)[0]
+        self._set_step()
+        with torch.random.fork_rng(), kept_buffers(self.objective):
+            noise = torch.get_rng_state()
+            with _still(self._bound), plain_programs(), torch.enable_grad():
+                loss = self.objective(*args, **kwargs)
+                gradients = torch.autograd.grad(loss, program.trained)
+        with torch.random.fork_rng(), kept_buffers(self.objective):
+            torch.set_rng_state(noise)
+            found = program.flat(*inputs)
+        names = {id(p): name for name, p in self.objective.named_parameters()}
+        labels = ["the loss", *(f"the gradient of {names[id(p)]}" for p in program.trained)]
+        _same("the flat graph", labels, found, (loss.detach(), *gradients))
+        if self.backend == "inductor" and self.noise == "eager":
+            program.verify(inputs, noise, labels)
+
+    # -- around a step
+
+    def _advance(self) -> None:
+        if self._set_step() and getattr(self.objective, "step", None) is None:
+            self._bound.step += 1
+
+    def _set_step(self) -> bool:
+        """Bring weights that follow the step up to date, which live in tensors that the graph reads."""
+        if not hasattr(self._bound, "set_step"):
+            return False
+        step = getattr(self.objective, "step", None)
+        self._bound.set_step(self._bound.step if step is None else step)
+        return True
+
+    def apply(self, loss: Tensor) -> Tensor:
+        """Clip, and let the optimiser move, eagerly; gives ``loss`` back."""
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
+        return loss
+
+
+class _Program:
+    """One graph: for one shape of a batch."""
+
+    def __init__(
+        self,
+        flat: FlatGraph,
+        trained: list[Tensor],
+        state: AdamState | None,
+        clip_norm: float | None,
+        backend: str,
+        noise: str,
+    ) -> None:
+        self.flat, self.trained, self.state = flat, trained, state
+        self.clip_norm, self.backend, self.noise = clip_norm, backend, noise
+        self._compiled: Callable[..., Any] | None = None
+        self._held: list[Tensor] = []
+        self._generation = -1
+        self._graph: fx.GraphModule | None = None
+
+    def run(self, inputs: Sequence[Tensor]) -> Any:
+        """The loss, after the update; or loss and gradients, if the optimiser is not in the graph."""
+        if self.state is not None and self.state.acquire() != self._generation:
+            self._hold()
+        if self._compiled is None:
+            self._compile(inputs)
+        assert self._compiled is not None
+        with torch.no_grad():
+            return self._compiled(*self._held, *inputs)
+
+    def _hold(self) -> None:
+        assert self.state is not None
+        self._held = [tensor.detach() for tensor in self.flat.tensors] + self.state.tensors
+        self._generation = self.state.generation
+
+    def _compile(self, inputs: Sequence[Tensor]) -> None:
+        if self.state is None:
+            self._held = [tensor.detach() for tensor in self.flat.tensors]
+            self._graph = self.flat.module
+        else:
+            with torch.no_grad():
+                self._graph = make_fx(self._step, tracing_mode="fake")(*self._held, *inputs)
+        if self.backend == "eager":
+            self._compiled = self._graph
+            return
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside of torch
+            from torch._inductor import config
+            from torch._inductor.compile_fx import compile_fx
+
+            with config.patch(fallback_random=self.noise == "eager"):
+                self._compiled = compile_fx(self._graph, [*self._held, *inputs])
+
+    def _step(self, *tensors: Tensor) -> Tensor:
+        """The whole step on flat tensors: held ones, moments, count, rates, inputs."""
+        assert self.state is not None
+        count = len(self.flat.tensors)
+        size, groups = len(self.trained), self.state.optimizer.param_groups
+        held = tensors[:count]
+        first, second = tensors[count : count + size], tensors[count + size : count + 2 * size]
+        steps, *rates = tensors[count + 2 * size : count + 2 * size + 1 + len(groups)]
+        inputs = tensors[count + 2 * size + 1 + len(groups) :]
+        loss, *gradients = fx.Interpreter(self.flat.module).run(*held, *inputs)
+        if self.clip_norm is not None:
+            gradients = clip(gradients, self.clip_norm)
+        parameters = [held[index] for index in self.flat.parameters]
+        place = {id(group): index for index, group in enumerate(groups)}
+        new = adam_update(
+            parameters, gradients, first, second, steps, rates, groups, [place[id(g)] for g in self.state.groups]
+        )
+        for old, value in zip([*parameters, *first, *second, steps], [*new[0], *new[1], *new[2], new[3]], strict=True):
+            old.copy_(value)
+        return loss
+
+    def verify(self, inputs: Sequence[Tensor], noise: Tensor, labels: list[str]) -> None:
+        """What was compiled against the graph it was compiled from, under one noise; the state is put back."""
+        if self.state is not None and self.state.acquire() != self._generation:
+            self._hold()
+        if self._compiled is None:
+            self._compile(inputs)
+        assert self._graph is not None
+        before = [tensor.clone() for tensor in self._held]
+        results = []
+        for call in (self._compiled, self._graph):
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.set_rng_state(noise)
+                out = call(*self._held, *inputs)  # type: ignore[misc]
+                out = out if isinstance(out, (tuple, list)) else [out]
+                # First moments tell of the gradients; parameters would magnify the round-off of vanishing ones.
+                size, start = len(self.trained), len(self.flat.tensors)
+                moments = self._held[start : start + size] if self.state is not None else []
+                results.append([value.clone() for value in (*out, *moments)])
+                for tensor, value in zip(self._held, before, strict=True):
+                    tensor.copy_(value)
+        _same("the compiled graph", labels, results[0], results[1])
+
+
+def _same(what: str, labels: list[str], found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for label, a, b in zip(labels, found, expected, strict=True):
+        tolerance = 1e-5 if b.dtype in (torch.float32, torch.float64) else 2e-2
+        distance, size = float((a.double() - b.double()).norm()), float(b.double().norm())
+        if not distance <= tolerance * size + 1e-12:
+            raise CompileMismatchError(
+                f"{what} does not agree with the program under the same noise: {label} is off by {distance:.3g} of "
+                f"{size:.3g}. Does the program draw from another generator than torch's, or change from call to call?"
+            )
+
+
+class _still:
+    """While it lasts, weights that follow the step stay as they are: a graph must read them, not set them."""
+
+    def __init__(self, bound: Any) -> None:
+        self.bound = bound if hasattr(bound, "set_step") else None
+
+    def __enter__(self) -> None:
+        if self.bound is not None:
+            self.step = self.bound.step
+            self.bound.set_step(self.step)
+            self.bound.set_step = lambda step: None
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bound is not None:
+            del self.bound.set_step
+            self.bound.step = self.step
