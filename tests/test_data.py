@@ -234,3 +234,18 @@ def test_batches_cost_little():
     begin = time.perf_counter()
     assert sum(len(x) for x in batches) == 20_000
     assert time.perf_counter() - begin < 5
+
+
+def test_fit_takes_batches():
+    from pyro_hvae.bounds import TraceELBO
+    from pyro_hvae.models import vae
+    from pyro_hvae.training import fit
+
+    torch.manual_seed(0)
+    model, guide = vae(6, 2, hidden=(4,))
+    before = [p.detach().clone() for p in model.parameters()]
+    batches = Batches(x=torch.full((10, 6), 0.5), batch_size=4, transform=binarize)
+    result = fit(model, guide, batches, bound=TraceELBO(), epochs=2, progress=False)
+    assert result.steps == 6
+    assert batches.epoch == 2
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
