@@ -53,6 +53,7 @@ class AdamState:
                 self._rate_values[index] = group["lr"]
         if not self.shared:
             self._share()
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether it has moved
         return self.generation
 
     @torch.no_grad()

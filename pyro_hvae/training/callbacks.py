@@ -106,7 +106,8 @@ class EarlyStopping:
         min_delta: what counts as an improvement, in its unit (nats a datum for losses).
 
     Raises:
-        ValueError: for ``patience < 1`` or a negative ``min_delta``.
+        ValueError: for ``patience < 1`` or a negative ``min_delta``; when training starts, if there will be no such
+            quantity because there is no validation data.
 
     Example:
         >>> EarlyStopping(patience=0)
@@ -122,6 +123,13 @@ class EarlyStopping:
         self.patience, self.monitor, self.min_delta = patience, monitor, min_delta
         self.best, self.waited = math.inf, 0
 
+    def on_start(self, run: Run) -> None:
+        if self.monitor.startswith("validation_") and run.validation is None:
+            raise ValueError(
+                f"early stopping watches {self.monitor!r}, but fit() got no validation data: give it some, or "
+                "monitor='loss'"
+            )
+
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
         if self.monitor not in record:
             return
@@ -131,13 +139,6 @@ class EarlyStopping:
         self.waited += 1
         if self.waited >= self.patience:
             run.stop(f"{self.monitor} has not improved on {self.best:.6g} for {self.waited} records")
-
-    def on_end(self, run: Run) -> None:
-        if self.monitor not in run.history.names():
-            raise ValueError(
-                f"early stopping watches {self.monitor!r}, which was never recorded; recorded: "
-                f"{', '.join(run.history.names())}. Give fit() validation data, or monitor='loss'"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited}

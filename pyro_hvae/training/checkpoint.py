@@ -100,7 +100,8 @@ def tidy(directory: Path) -> None:
         if match is None:
             continue
         target = directory / match[1]
-        if match[2] == "old" and match[1] == "best" and not target.exists():
+        replaced = match[1] == "best" or not checkpoints(directory) or match[1] > checkpoints(directory)[-1].name
+        if match[2] == "old" and replaced and not target.exists():  # killed between setting it aside and replacing it
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -193,6 +193,8 @@ class IterableFeed(Feed):
             )
         self.used = True
         if self.stateful:
+            if self.positioned and start and self.batches is not None and start >= self.batches:
+                return iter(())  # this epoch was over when it was saved; the source stands before the next
             skipped = 0 if self.positioned else start
             self.positioned = False
             batches = iter(self.source)

@@ -58,9 +58,9 @@ class History(Sequence[Record]):
             with open(self.path, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(_plain(record)) + "\n")
 
-    def truncate(self, step: int) -> None:
-        """Forget what came after ``step``, in the file too: a resumed run makes these records again."""
-        self._records = [record for record in self._records if record["step"] <= step]
+    def truncate(self, size: int) -> None:
+        """Forget all but the first ``size`` records, in the file too: a resumed run makes the others again."""
+        del self._records[size:]
         if self.path is not None:
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             with open(temporary, "w", encoding="utf-8") as lines:

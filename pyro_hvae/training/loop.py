@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,14 @@ class Run:
                 self._check()
                 if self._since_record and self._signal is None:
                     self._record(final=True)
+                    self._saved = -1  # a checkpoint of this very step does not know of the record
                 if self.run_dir is not None and self._saved != self.step:
                     self.save()
-        finally:
-            self._call("on_end")
+        except BaseException:
+            with suppress(Exception):  # what went wrong first is what to tell
+                self._call("on_end")
+            raise
+        self._call("on_end")
         if self._signal == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
 
@@ -356,6 +360,7 @@ class Run:
             "since": self._since_record,
             "feed": self.feed.state_dict(),
             "terms_due": self._terms_due,
+            "records": len(self.history),
             "best": self.best,
             "stopped": None if self._signal is not None else self.stopped,
             "optimizer": self.optimizer.state_dict(),
@@ -398,7 +403,7 @@ class Run:
         for callback, kept in zip(self.callbacks, state["callbacks"], strict=False):
             if kept is not None:
                 callback.load_state_dict(kept)
-        self.history.truncate(self.step)
+        self.history.truncate(state["records"])
         self._pending = self.ranks.own_generators(state["generators"], self.seed, self.step)
 
     @contextmanager

@@ -238,7 +238,7 @@ def test_early_stopping_stops_and_says_why(data):
 
 
 def test_early_stopping_on_what_is_never_recorded_is_an_error(data):
-    with pytest.raises(ValueError, match=r"watches 'validation_loss', which was never recorded"):
+    with pytest.raises(ValueError, match=r"watches 'validation_loss', but fit\(\) got no validation data"):
         fit(Model(), Guide(), data, bound=TraceELBO(), epochs=1, callbacks=[EarlyStopping(patience=3)], **quiet)
 
 
