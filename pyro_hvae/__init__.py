@@ -10,6 +10,7 @@ from pyro_hvae.bounds import (
     CUBO,
     EUBO,
     IWELBO,
+    DiffusionELBO,
     LayerwiseELBO,
     Regularised,
     ReweightedWakeSleep,
@@ -23,6 +24,7 @@ from pyro_hvae.bounds import (
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.coding import decode, encode, impute, reconstruct
 from pyro_hvae.diagnostics import to_datatree
+from pyro_hvae.diffusion import DenoisingChain, Diffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
 from pyro_hvae.kernels import (
     Bernoulli,
@@ -38,7 +40,7 @@ from pyro_hvae.kernels import (
     WithoutContext,
 )
 from pyro_hvae.ladder import Ladder
-from pyro_hvae.models import hvae, ladder_vae, vae
+from pyro_hvae.models import hvae, ladder_vae, vae, vdm
 from pyro_hvae.training import fit, fit_restarts, load
 
 __all__ = [
@@ -48,6 +50,9 @@ __all__ = [
     "Bernoulli",
     "BottomUp",
     "Categorical",
+    "DenoisingChain",
+    "Diffusion",
+    "DiffusionELBO",
     "DiscretizedLogistic",
     "Flow",
     "Gaussian",
@@ -82,4 +87,5 @@ __all__ = [
     "reconstruct",
     "to_datatree",
     "vae",
+    "vdm",
 ]

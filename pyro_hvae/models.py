@@ -24,6 +24,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_hvae.chains import BottomUp, TopDown
+from pyro_hvae.diffusion.denoising import DenoisingChain
+from pyro_hvae.diffusion.process import Diffusion
 from pyro_hvae.kernels import (
     Bernoulli,
     Categorical,
@@ -36,8 +38,9 @@ from pyro_hvae.kernels import (
 from pyro_hvae.kernels.base import join
 from pyro_hvae.ladder import Evidence, Ladder
 from pyro_hvae.nn import MLP
+from pyro_hvae.schedules import LinearSchedule, Schedule
 
-__all__ = ["hvae", "ladder_vae", "vae"]
+__all__ = ["hvae", "ladder_vae", "vae", "vdm"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -320,3 +323,45 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+
+def vdm(
+    denoiser: nn.Module,
+    *,
+    event_shape: Sequence[int] | int,
+    num_layers: int | None,
+    schedule: Schedule | None = None,
+    likelihood: nn.Module | None = None,
+    parameterisation: str = "eps",
+) -> tuple[DenoisingChain, Diffusion]:
+    """A variational diffusion model: a denoising chain, and the noising process as its guide.
+
+    Args:
+        denoiser: module called with (z, gamma), or (z, gamma, context).
+        event_shape: of one datum.
+        num_layers: T; None for continuous time.
+        schedule: gamma(t); :class:`~pyro_hvae.schedules.LinearSchedule` by default.  A learned one is trained as a
+            part of the model.
+        likelihood: kernel for p(x | z_1); by default the Gaussian that the first noise level leaves.
+        parameterisation: what the denoiser predicts: ``"eps"``, ``"x0"``, ``"v"`` or ``"score"``.
+
+    Reference:
+        Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
+
+    Example:
+        >>> from pyro_hvae.nn import DenoisingMLP
+        >>> model, guide = vdm(DenoisingMLP(2), event_shape=2, num_layers=10)
+        >>> model(size=3).shape
+        torch.Size([3, 2])
+    """
+    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    noise = LinearSchedule() if schedule is None else schedule
+    model = DenoisingChain(
+        denoiser,
+        event_shape=shape,
+        schedule=noise,
+        num_layers=num_layers,
+        likelihood=likelihood,
+        parameterisation=parameterisation,
+    )
+    return model, Diffusion(noise, num_layers, event_dim=len(shape))

@@ -4,6 +4,7 @@ They read traces and know nothing of chains, so every pair of Pyro programs may 
 """
 
 from pyro_hvae.bounds.base import Bound, Objective
+from pyro_hvae.bounds.diffusion import DiffusionELBO, SimpleDiffusionLoss
 from pyro_hvae.bounds.elbo import LayerwiseELBO, TraceELBO
 from pyro_hvae.bounds.explain import Explanation, explain
 from pyro_hvae.bounds.importance import IWELBO, ThermodynamicBound, VRBound, log_spacing
@@ -16,11 +17,13 @@ __all__ = [
     "EUBO",
     "IWELBO",
     "Bound",
+    "DiffusionELBO",
     "Explanation",
     "LayerwiseELBO",
     "Objective",
     "Regularised",
     "ReweightedWakeSleep",
+    "SimpleDiffusionLoss",
     "SleepPhase",
     "ThermodynamicBound",
     "TraceELBO",

@@ -1,0 +1,334 @@
+r"""The evidence bound of a diffusion, at a cost that does not grow with the number of layers.
+
+.. math:: \log p(x) \ge \underbrace{\mathrm E\log p(x|z_1)}_{\text{reconstruction}}
+          - \underbrace{\mathrm{KL}(q(z_T|x)\|p(z_T))}_{\text{prior matching}}
+          - \underbrace{\sum_{t=2}^{T}\mathrm E\,\mathrm{KL}(q(z_{t-1}|z_t,x)\|p(z_{t-1}|z_t))}_{
+          \text{denoising matching}}
+
+It has the expectation of :class:`TraceELBO` on the same programs, since the chain of q is reversed exactly before its
+layers are compared.  The sum over layers is estimated from a few of them; in continuous time it is an integral.
+
+Reference: Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyro.poutine as poutine
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+
+from pyro_hvae.bounds.base import Bound, Estimate, Program
+
+__all__ = ["DiffusionELBO", "Reversible", "ReversibleModel", "SimpleDiffusionLoss"]
+
+SAMPLING = ("antithetic", "uniform", "importance", "exact")
+_BINS = 64
+
+
+class Reversible(Protocol):
+    """A guide whose marginals and reversed steps are known: q(z_t|x) and q(z_s|z_t, x) at times 0 <= s < t <= 1.
+
+    ``num_layers`` layers stand at ``schedule``-like times of :meth:`times`; None is continuous time.  Calling it with
+    ``visit=f`` returns ``f(self)`` from inside of the module's call, where its parameters register.
+    """
+
+    num_layers: int | None
+
+    def __call__(self, *args: Any, visit: Callable[[Any], Any]) -> Any: ...
+    def marginal(self, t: Tensor, x: Tensor) -> Distribution: ...
+    def posterior(self, s: Tensor, t: Tensor, z_t: Tensor, x: Tensor) -> Distribution: ...
+
+
+class ReversibleModel(Protocol):
+    """The model of such a chain.  A method ``matching(s, t, z_t, noise, context)``, if there is one, gives the layers'
+    divergences in a closed form that loses no digits (and, for ``s=None``, their rate in continuous time)."""
+
+    def __call__(self, *args: Any, visit: Callable[[Any], Any]) -> Any: ...
+    def prior(self, like: Tensor) -> Distribution: ...
+    def transition(self, s: Tensor, t: Tensor, z_t: Tensor, context: Any = None) -> Distribution: ...
+    def likelihood(self, z_1: Tensor, context: Any = None) -> Distribution: ...
+
+
+@dataclass(frozen=True)
+class _Visited:
+    """The parameter statements that a visit ran, in the place of a reading."""
+
+    model_trace: Trace
+    guide_trace: Trace
+
+
+class DiffusionELBO(Bound):
+    r"""Evidence lower bound of a diffusion, from a few of its layers.
+
+    Args:
+        num_layers_sampled: how many layers (or times) a datum; more lower the variance.
+        sampling: ``"antithetic"`` spreads the layers evenly over the data of a batch; ``"uniform"`` draws them
+            independently; ``"importance"`` draws those oftener whose terms have been large, at the inverse weight;
+            ``"exact"`` sums over all layers.
+
+    Raises:
+        ValueError: for counts below one, an unknown sampling, or ``"exact"`` in continuous time.
+        TypeError: for programs without the capability (:class:`Reversible`, :class:`ReversibleModel`).
+
+    Reference:
+        Variational Diffusion Models (Kingma et al., 2021); Improved Denoising Diffusion Probabilistic Models (Nichol
+        and Dhariwal, 2021) for importance sampling.
+
+    Example:
+        >>> from pyro_hvae.models import vdm
+        >>> from pyro_hvae.nn import DenoisingMLP
+        >>> _ = torch.manual_seed(0)
+        >>> model, guide = vdm(DenoisingMLP(2), event_shape=(2,), num_layers=1000)
+        >>> sorted(DiffusionELBO().terms(model, guide, torch.zeros(4, 2)))
+        ['denoising_matching', 'prior_matching', 'reconstruction']
+    """
+
+    def __init__(self, num_layers_sampled: int = 1, sampling: str = "antithetic") -> None:
+        super().__init__()
+        if num_layers_sampled < 1:
+            raise ValueError(f"num_layers_sampled must be at least 1, got {num_layers_sampled}")
+        if sampling not in SAMPLING:
+            raise ValueError(f"unknown sampling {sampling!r}; there are {', '.join(SAMPLING)}")
+        self.num_layers_sampled = num_layers_sampled
+        self.sampling = sampling
+        self._magnitudes: Tensor | None = None
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"num_layers_sampled": self.num_layers_sampled, "sampling": self.sampling}
+
+    def estimate(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Estimate, Any]:
+        terms, visited, scale = self._visit(model, guide, args, kwargs)
+        value = terms["reconstruction"] - terms["prior_matching"] - terms["denoising_matching"]
+        return Estimate(value, value, scale), visited
+
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``reconstruction``, ``prior_matching`` and ``denoising_matching`` in nats (N,); the bound is the first less
+        the others."""
+        with torch.no_grad():
+            return self._visit(model, guide, args, kwargs)[0]
+
+    def _visit(
+        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], _Visited, float]:
+        _check_capable(model, guide)
+        x, context, mask, data_size = _arguments(args, kwargs)
+        found: dict[str, Tensor] = {}
+        inner: list[Trace] = []
+
+        def inside_guide(q: Any) -> None:
+            def inside_model(p: Any) -> None:
+                found.update(self._layers(p, q, x, context, mask))
+
+            inner.append(poutine.trace(model).get_trace(visit=inside_model))
+
+        guide_trace = poutine.trace(guide).get_trace(x, visit=inside_guide)
+        scale = 1.0 if data_size is None else data_size / x.shape[0]
+        return found, _Visited(inner[0], guide_trace), scale
+
+    def _layers(self, p: Any, q: Any, x: Tensor, context: Any, mask: Tensor | None) -> dict[str, Tensor]:
+        data = x if mask is None else torch.where(_broadcast(mask, x), x, torch.zeros_like(x))
+        one = x.new_ones(())
+        last = q.marginal(one, data)
+        first_time = one if q.num_layers == 1 else torch.zeros_like(one)
+        z_1 = q.marginal(first_time, data).rsample()
+        likelihood = p.likelihood(z_1, context)
+        if mask is None:
+            reconstruction = likelihood.log_prob(data)
+        else:
+            reconstruction = _masked_log_prob(likelihood, data, mask)
+        prior = p.prior(x)
+        terms = {
+            "reconstruction": reconstruction,
+            "prior_matching": kl_divergence(last, prior.expand(last.batch_shape)),
+        }
+        if q.num_layers == 1:
+            terms["denoising_matching"] = torch.zeros_like(reconstruction)
+        elif self.sampling == "exact":
+            terms["denoising_matching"] = self._all(p, q, data, context)
+        else:
+            terms["denoising_matching"] = self._sampled(p, q, data, context)
+        return terms
+
+    def _all(self, p: Any, q: Any, x: Tensor, context: Any) -> Tensor:
+        if q.num_layers is None:
+            raise ValueError("sampling='exact' sums over layers, and continuous time has infinitely many: sample them")
+        total = x.new_zeros(x.shape[:1])
+        width = 1.0 / (q.num_layers - 1)
+        for i in range(1, q.num_layers):
+            times = x.new_full(x.shape[:1], i * width)
+            total = total + _layer(p, q, times - width, times, x, context)
+        return total
+
+    def _sampled(self, p: Any, q: Any, x: Tensor, context: Any) -> Tensor:
+        shape = (self.num_layers_sampled, x.shape[0])
+        uniform = self._positions(shape, x)
+        density = torch.ones_like(uniform)
+        if self.sampling == "importance":
+            uniform, density = self._stretched(uniform)
+        repeated = x.expand(self.num_layers_sampled, *x.shape)
+        if q.num_layers is None:
+            term = _layer(p, q, None, uniform, repeated, context)
+        else:
+            count = q.num_layers - 1
+            index = (uniform * count).floor().clamp(max=count - 1)
+            if self.sampling == "importance":  # the share of the layer's interval, not of a point in it
+                density = self._mass(index / count, (index + 1) / count) * count
+            term = count * _layer(p, q, index / count, (index + 1) / count, repeated, context)
+        if self.sampling == "importance":
+            self._remember(uniform.detach(), term.detach())
+        return (term / density).mean(0)
+
+    def _positions(self, shape: tuple[int, int], x: Tensor) -> Tensor:
+        """Points of [0, 1), each uniform; antithetic ones share one offset and cover the interval evenly."""
+        if self.sampling == "uniform":
+            return torch.rand(shape, dtype=x.dtype, device=x.device)
+        count = shape[0] * shape[1]
+        order = torch.randperm(count, device=x.device).to(x.dtype)
+        return ((order + torch.rand((), dtype=x.dtype, device=x.device)) / count).reshape(shape) % 1.0
+
+    def _weights(self, like: Tensor) -> Tensor:
+        """Probability of each bin of times: in proportion to the root mean square of its terms, never below a fifth of
+        uniform."""
+        if self._magnitudes is None:
+            self._magnitudes = torch.ones(_BINS, dtype=like.dtype, device=like.device)
+        root = self._magnitudes.to(like).sqrt()
+        return 0.8 * root / root.sum() + 0.2 / _BINS
+
+    def _stretched(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self._weights(uniform)
+        edges = torch.cat([weights.new_zeros(1), weights.cumsum(0)])
+        edges = edges / edges[-1]
+        index = torch.searchsorted(edges, uniform.contiguous(), right=True).clamp(1, _BINS) - 1
+        share = (uniform - edges[index]) / (edges[index + 1] - edges[index])
+        return ((index + share) / _BINS).clamp(max=1.0 - 1e-6), weights[index] * _BINS / weights.sum()
+
+    def _mass(self, start: Tensor, stop: Tensor) -> Tensor:
+        """Probability of an interval of times."""
+        weights = self._weights(start)
+        edges = torch.cat([weights.new_zeros(1), weights.cumsum(0)]) / weights.sum()
+
+        def below(t: Tensor) -> Tensor:
+            place = t * _BINS
+            index = place.floor().clamp(0, _BINS - 1).long()
+            return edges[index] + (place - index) * (edges[index + 1] - edges[index])
+
+        return below(stop) - below(start)
+
+    def _remember(self, times: Tensor, terms: Tensor) -> None:
+        assert self._magnitudes is not None
+        index = (times.reshape(-1) * _BINS).long().clamp(max=_BINS - 1)
+        square = terms.reshape(-1) ** 2
+        total = torch.zeros_like(self._magnitudes).index_add(0, index, square)
+        count = torch.zeros_like(self._magnitudes).index_add(0, index, torch.ones_like(square))
+        fresh = total / count.clamp(min=1.0)
+        self._magnitudes = torch.where(count > 0, 0.95 * self._magnitudes + 0.05 * fresh, self._magnitudes)
+
+
+class SimpleDiffusionLoss(DiffusionELBO):
+    r"""A noise-prediction loss :math:`\mathrm E_t\,w(t)\|\epsilon-\hat\epsilon\|^2`: a surrogate, no bound.
+
+    It takes the place of the denoising matching, and its value is no estimate of log p(x); ``per_datum`` and ``terms``
+    are those of the bound itself.
+
+    Args:
+        weighting: ``"simple"`` (w = 1), ``"min-snr"`` (min(SNR, 5)/SNR) or ``"p2"`` (1/(1 + SNR)).
+        num_layers_sampled, sampling: as :class:`DiffusionELBO`.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho, Jain and Abbeel, 2020); Efficient Diffusion Training via Min-SNR
+        Weighting Strategy (Hang et al., 2023); Perception Prioritized Training of Diffusion Models (Choi et al., 2022).
+    """
+
+    is_bound = False
+
+    def __init__(self, weighting: str = "simple", num_layers_sampled: int = 1, sampling: str = "antithetic") -> None:
+        super().__init__(num_layers_sampled, sampling)
+        if weighting not in ("simple", "min-snr", "p2"):
+            raise ValueError(f"unknown weighting {weighting!r}; there are simple, min-snr, p2")
+        if sampling not in ("antithetic", "uniform"):
+            raise ValueError(f"a surrogate takes sampling 'antithetic' or 'uniform', got {sampling!r}")
+        self.weighting = weighting
+        self.bound = DiffusionELBO(num_layers_sampled, sampling)
+
+    def _sampled(self, p: Any, q: Any, x: Tensor, context: Any) -> Tensor:
+        times = self._positions((self.num_layers_sampled, x.shape[0]), x)
+        if q.num_layers is not None:
+            times = (times * q.num_layers).floor() / max(q.num_layers - 1, 1)
+        repeated = x.expand(self.num_layers_sampled, *x.shape)
+        marginal = q.marginal(times, repeated)
+        z_t = marginal.rsample()
+        gamma = p.schedule(times)
+        noise = (z_t - marginal.mean) / marginal.stddev
+        dims = tuple(range(-(x.dim() - 1), 0))
+        square = ((noise - p.predict(z_t, gamma, context, target="eps")) ** 2).sum(dims)
+        snr = torch.exp(-gamma)
+        if self.weighting == "min-snr":
+            square = square * (snr.clamp(max=5.0) / snr)
+        elif self.weighting == "p2":
+            square = square / (1 + snr)
+        return square.mean(0)
+
+    def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The bound for each datum, in nats."""
+        return self.bound.per_datum(model, guide, *args, **kwargs)
+
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The terms of the bound, in nats."""
+        return self.bound.terms(model, guide, *args, **kwargs)
+
+
+def _layer(p: Any, q: Any, s: Tensor | None, t: Tensor, x: Tensor, context: Any) -> Tensor:
+    """The divergence of the layer from t to s, or its rate at t; shape of t."""
+    marginal = q.marginal(t, x)
+    z_t = marginal.rsample()
+    if hasattr(p, "matching"):
+        return p.matching(s, t, z_t, (z_t - marginal.mean) / marginal.stddev, context)
+    if s is None:
+        raise TypeError("continuous time needs a model with matching(s, t, z_t, noise, context)")
+    return kl_divergence(q.posterior(s, t, z_t, x), p.transition(s, t, z_t, context))
+
+
+def _check_capable(model: Program, guide: Program) -> None:
+    for which, program, needed in (
+        ("guide", guide, ("marginal", "posterior", "num_layers")),
+        ("model", model, ("prior", "transition", "likelihood")),
+    ):
+        missing = [name for name in needed if not hasattr(program, name)]
+        if missing:
+            raise TypeError(
+                f"DiffusionELBO needs a chain whose marginals are known, and the {which} "
+                f"{type(program).__name__} has no {', '.join(missing)}: use LayerwiseELBO or TraceELBO, which "
+                "read any pair"
+            )
+
+
+def _arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor | None, int | None]:
+    known = {"x", "context", "mask", "data_size"}
+    unknown = sorted(set(kwargs) - known)
+    if unknown or len(args) > 1:
+        raise TypeError(
+            f"a diffusion is called with (x, *, context, mask, data_size); got {len(args)} positional, {unknown}"
+        )
+    x = args[0] if args else kwargs.get("x")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"DiffusionELBO needs data x as a tensor, got {type(x).__name__}")
+    return x, kwargs.get("context"), kwargs.get("mask"), kwargs.get("data_size")
+
+
+def _broadcast(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim()))
+
+
+def _masked_log_prob(likelihood: Any, x: Tensor, mask: Tensor) -> Tensor:
+    base: Any = likelihood
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    entries = base.log_prob(x)
+    kept = torch.where(_broadcast(mask, entries), entries, torch.zeros_like(entries))
+    return kept.sum(tuple(range(1, kept.dim())))

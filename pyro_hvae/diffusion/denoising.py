@@ -1,0 +1,283 @@
+r"""The generative chain of a diffusion: one denoiser behind every kernel.
+
+.. math:: p(z_T) = N(0, I),\qquad p(z_{t-1}|z_t) = q(z_{t-1}|z_t, x=\hat x(z_t;\gamma_t)),\qquad p(x|z_1).
+
+A thousand layers cost no thousand modules: kernels are made when the chain comes to them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_hvae.chains import TopDown
+from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
+from pyro_hvae.diffusion.process import Noising, spread
+from pyro_hvae.kernels import Kernel
+from pyro_hvae.schedules import Schedule
+
+__all__ = ["BinnedGaussian", "DenoisingChain", "RescaledGaussian"]
+
+
+class RescaledGaussian(Kernel):
+    r"""p(x | z_1) = N(z_1 / alpha_1, I / SNR_1), what the first noise level leaves of the datum; or a fixed scale.
+
+    Args:
+        schedule: whose first level it undoes.
+        event_dim: dims of one datum.
+        scale: standard deviation, instead of 1 / sqrt(SNR_1).
+    """
+
+    def __init__(self, schedule: Schedule, event_dim: int = 1, *, scale: float | None = None) -> None:
+        super().__init__(None, event_dim)
+        if scale is not None and scale <= 0:
+            raise ValueError(f"scale is a standard deviation, which is positive, got {scale}")
+        self._held = (schedule,)
+        self.fixed_scale = scale
+
+    def level(self, parent: Tensor) -> Noising:
+        return Noising(self._held[0](parent.new_zeros(())))
+
+    def forward(self, parent: Tensor | None, context: Any = None) -> TorchDistribution:
+        assert parent is not None
+        level = self.level(parent)
+        scale = torch.exp(0.5 * level.gamma) if self.fixed_scale is None else parent.new_tensor(self.fixed_scale)
+        return dist.Normal(parent / level.alpha, scale).to_event(self.event_dim)
+
+
+class BinnedGaussian(RescaledGaussian):
+    r"""p(x | z_1) over equally spaced grey levels in [-1, 1]: softmax of the Gaussian's log-density at each level.
+
+    Args:
+        levels: how many, 256 by default.
+
+    Reference:
+        Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
+
+    Example:
+        >>> from pyro_hvae.schedules import LinearSchedule
+        >>> kernel = BinnedGaussian(LinearSchedule(), levels=4)
+        >>> kernel(torch.zeros(3, 2)).event_shape
+        torch.Size([2])
+    """
+
+    def __init__(self, schedule: Schedule, event_dim: int = 1, *, levels: int = 256) -> None:
+        super().__init__(schedule, event_dim)
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, got {levels}")
+        self.levels = levels
+
+    def forward(self, parent: Tensor | None, context: Any = None) -> TorchDistribution:
+        assert parent is not None
+        level = self.level(parent)
+        return _Binned(parent / level.alpha, torch.exp(0.5 * level.gamma), self.levels).to_event(self.event_dim)
+
+
+class _Binned(dist.TorchDistribution):
+    """Levels -1, ..., 1 with probability in proportion to a Gaussian density."""
+
+    arg_constraints = {"loc": torch.distributions.constraints.real}  # noqa: RUF012
+    support = torch.distributions.constraints.interval(-1.0, 1.0)
+    has_rsample = False
+
+    def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
+        self.loc, self.scale, self.levels = loc, scale.expand(loc.shape), levels
+        super().__init__(loc.shape, validate_args=validate_args)
+
+    def _logits(self) -> Tensor:
+        grid = torch.linspace(-1.0, 1.0, self.levels, dtype=self.loc.dtype, device=self.loc.device)
+        return -0.5 * ((grid - self.loc.unsqueeze(-1)) / self.scale.unsqueeze(-1)) ** 2
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        index = ((value + 1) * (0.5 * (self.levels - 1))).round().long()
+        scores = self._logits().log_softmax(-1)
+        scores, index = torch.broadcast_tensors(scores, index.unsqueeze(-1))
+        return scores.gather(-1, index[..., :1]).squeeze(-1)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        with torch.no_grad():
+            index = torch.distributions.Categorical(logits=self._logits()).sample(sample_shape)
+            return index.to(self.loc.dtype) * (2.0 / (self.levels - 1)) - 1.0
+
+    @property
+    def mean(self) -> Tensor:
+        grid = torch.linspace(-1.0, 1.0, self.levels, dtype=self.loc.dtype, device=self.loc.device)
+        return (self._logits().softmax(-1) * grid).sum(-1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Binned:
+        shape = torch.Size(batch_shape)
+        return _Binned(self.loc.expand(shape), self.scale.expand(shape), self.levels, validate_args=False)
+
+
+class DenoisingChain(TopDown):
+    """The generative chain of a diffusion, with one denoiser for all of its kernels.
+
+    Args:
+        denoiser: module with ``forward(z, gamma)``, or ``forward(z, gamma, context)``; z is (..., *event_shape), gamma
+            (...).
+        event_shape: of one datum.
+        schedule: gamma(t); a learned one is registered here, under ``schedule``.
+        num_layers: T; None for continuous time.
+        likelihood: kernel for p(x | z_1); :class:`RescaledGaussian` by default.
+        parameterisation: what the denoiser predicts.
+        name, plate: as in the chains.
+
+    Raises:
+        ValueError: for T < 1, an unknown parameterisation.
+
+    Example:
+        >>> from pyro_hvae.nn import DenoisingMLP
+        >>> from pyro_hvae.schedules import LinearSchedule
+        >>> _ = torch.manual_seed(0)
+        >>> denoiser = DenoisingMLP(2)
+        >>> model = DenoisingChain(denoiser, event_shape=(2,), schedule=LinearSchedule(-6.0, 4.0), num_layers=1000)
+        >>> len(model.state_dict()) == len(denoiser.state_dict()), model.latents[:2]
+        (True, ('z1000', 'z999'))
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        *,
+        event_shape: tuple[int, ...],
+        schedule: Schedule,
+        num_layers: int | None,
+        likelihood: nn.Module | None = None,
+        parameterisation: str = "eps",
+        name: str = "model",
+        plate: str = "data",
+    ) -> None:
+        if parameterisation not in PARAMETERISATIONS:
+            raise ValueError(f"unknown parameterisation {parameterisation!r}; there are {', '.join(PARAMETERISATIONS)}")
+        if num_layers is not None:
+            schedule.grid(num_layers)
+        event_dim = len(event_shape)
+        super().__init__(
+            name=name, plate=plate, x=RescaledGaussian(schedule, event_dim) if likelihood is None else likelihood
+        )
+        self.denoiser = denoiser
+        self.schedule = schedule
+        self.event_shape = tuple(event_shape)
+        self.num_layers = num_layers
+        self.parameterisation = parameterisation
+        self._denoiser_takes_context = _takes_context(denoiser)
+
+    @property
+    def event_dim(self) -> int:
+        return len(self.event_shape)
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        return tuple(f"z{i}" for i in range(self.num_layers or 0, 0, -1))
+
+    @property
+    def observation(self) -> str:
+        return "x"
+
+    @property
+    def kernels(self) -> Mapping[str, nn.Module]:
+        return MappingProxyType({"x": self._modules["x"]})
+
+    def predict(self, z: Tensor, gamma: Tensor, context: Any = None, *, target: str = "x0") -> Tensor:
+        """What the denoiser says of z (..., *event_shape) at noise levels gamma (...), as ``target``."""
+        levels = gamma.expand(z.shape[: z.dim() - self.event_dim])
+        denoiser = self.denoiser
+        if context is None or not self._denoiser_takes_context:
+            found = denoiser(z, levels)
+        else:
+            found = denoiser(z, levels, context)
+        return convert(found, z, spread(levels, z, self.event_dim), source=self.parameterisation, target=target)
+
+    def transition(self, s: Tensor, t: Tensor, z_t: Tensor, context: Any = None) -> TorchDistribution:
+        """p(z_s | z_t) for times s < t."""
+        return self._transition(Noising(self.schedule(s)), Noising(self.schedule(t)), z_t, context)
+
+    def prior(self, like: Tensor) -> TorchDistribution:
+        """p(z_T)."""
+        zero = like.new_zeros(self.event_shape)
+        return dist.Normal(zero, torch.ones_like(zero)).to_event(self.event_dim)
+
+    def likelihood(self, z_1: Tensor, context: Any = None) -> TorchDistribution:
+        """p(x | z_1)."""
+        return self.distribution("x", self.x, z_1, context)
+
+    def matching(self, s: Tensor | None, t: Tensor, z_t: Tensor, noise: Tensor, context: Any = None) -> Tensor:
+        r"""KL(q(z_s|z_t,x) || p(z_s|z_t)) in closed form, from the noise in z_t; nats (...).
+
+        .. math:: \tfrac12\,\mathrm{expm1}(\gamma_t-\gamma_s)\,\|\epsilon-\hat\epsilon\|^2
+                  \qquad\text{or, for } s = \text{None, its rate }\ \tfrac12\,\gamma'(t)\,\|\epsilon-\hat\epsilon\|^2.
+        """
+        gamma = self.schedule(t)
+        predicted = self.predict(z_t, gamma, context, target="eps")
+        square = ((noise - predicted) ** 2).sum(tuple(range(-self.event_dim, 0)))
+        weight = self.schedule.derivative(t) if s is None else torch.expm1(gamma - self.schedule(s))
+        return 0.5 * weight * square
+
+    def steps(self) -> Iterator[Any]:
+        if self.num_layers is None:
+            raise ValueError(
+                "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
+                "DiffusionELBO, sample with probability_flow or dpm_solver, or give num_layers"
+            )
+        schedule, grid = self.schedule, self.schedule.grid(self.num_layers)
+        gammas: Tensor | None = None
+
+        def prior(parent: Tensor | None, context: Any = None) -> TorchDistribution:
+            return self.prior(self._like())
+
+        yield f"z{self.num_layers}", prior, None
+        for i in range(self.num_layers - 1, 0, -1):
+
+            def kernel(parent: Tensor, context: Any = None, i: int = i) -> TorchDistribution:
+                nonlocal gammas
+                if gammas is None:
+                    gammas = schedule(grid.to(parent))
+                return self._transition(Noising(gammas[i - 1]), Noising(gammas[i]), parent, context)
+
+            yield f"z{i}", kernel, None
+        yield "x", self.x, None
+
+    def forward(self, *args: Any, visit: Callable[[DenoisingChain], Any] | None = None, **kwargs: Any) -> Any:
+        """Run the chain as a program, as :class:`~pyro_hvae.chains.TopDown`; or ``visit`` inside of the call.
+
+        Parameters register with Pyro while a module's call is under way, and not in its other methods; an estimator
+        that needs more of this chain than its trace passes a function of it.
+        """
+        return super().forward(*args, **kwargs) if visit is None else visit(self)
+
+    def _transition(self, lower: Noising, upper: Noising, z: Tensor, context: Any) -> TorchDistribution:
+        xhat = self.predict(z, upper.gamma, context)
+        of_z, of_x, variance = upper.posterior_to(lower)
+        loc = spread(of_z, z, self.event_dim) * z + spread(of_x, z, self.event_dim) * xhat
+        return dist.Normal(loc, spread(variance.sqrt(), z, self.event_dim)).to_event(self.event_dim)
+
+    def _like(self) -> Tensor:
+        """A tensor on the chain's device and of its dtype."""
+        for found in (*self.parameters(), *self.buffers()):
+            if found.is_floating_point():
+                return found
+        return torch.empty(())
+
+    def _path(self) -> list[str]:
+        if self.num_layers is None:
+            return ["z(t)", "x"]
+        return [f"z{self.num_layers}", "...", "z1", "x"] if self.num_layers > 2 else [*self.latents, "x"]
+
+    def extra_repr(self) -> str:
+        return f"num_layers={self.num_layers}, parameterisation={self.parameterisation!r}"
+
+
+def _takes_context(denoiser: nn.Module) -> bool:
+    """Whether ``denoiser.forward`` names a third positional argument."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    arguments = inspect.signature(denoiser.forward).parameters.values()
+    return sum(argument.kind in positional for argument in arguments) >= 3

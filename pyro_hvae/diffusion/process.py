@@ -1,0 +1,186 @@
+r"""The noising process and its guide.
+
+With gamma(t) = -log SNR(t), s < t, and :math:`\alpha^2=\mathrm{sigmoid}(-\gamma)`,
+:math:`\sigma^2=\mathrm{sigmoid}(\gamma)`,
+
+.. math::
+    q(z_t|x) &= N(\alpha_t x,\ \sigma_t^2 I) &&\text{marginal}\\
+    q(z_t|z_s) &= N(\alpha_{t|s} z_s,\ \sigma^2_{t|s} I), \quad
+        \alpha_{t|s} = \alpha_t/\alpha_s,\ \sigma^2_{t|s} = \sigma_t^2-\alpha_{t|s}^2\sigma_s^2 &&\text{step}\\
+    q(z_s|z_t,x) &= N\Bigl(\frac{\alpha_{t|s}\sigma_s^2 z_t + \alpha_s\sigma_{t|s}^2 x}{\sigma_t^2},\
+        \frac{\sigma_{t|s}^2\sigma_s^2}{\sigma_t^2} I\Bigr) &&\text{posterior}
+
+Differences of nearby terms are taken as ``expm1`` of differences of gamma, so that a thousand layers in float32 lose no
+digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_hvae.chains import batch_size
+from pyro_hvae.missing import shown
+from pyro_hvae.schedules import Schedule
+
+__all__ = ["Diffusion", "Noising", "spread"]
+
+
+class Noising(NamedTuple):
+    """alpha and sigma of one or more noise levels gamma, and what lies between two of them; shapes of gamma."""
+
+    gamma: Tensor
+
+    @property
+    def alpha(self) -> Tensor:
+        return torch.exp(0.5 * F.logsigmoid(-self.gamma))
+
+    @property
+    def sigma(self) -> Tensor:
+        return torch.exp(0.5 * F.logsigmoid(self.gamma))
+
+    def step_from(self, other: Noising) -> tuple[Tensor, Tensor]:
+        """(alpha_{t|s}, sigma^2_{t|s}) from a lower level s to this one."""
+        log_ratio = F.logsigmoid(-self.gamma) - F.logsigmoid(-other.gamma)
+        return torch.exp(0.5 * log_ratio), -torch.expm1(log_ratio)
+
+    def posterior_to(self, other: Noising) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight of z_t, weight of x, variance) of q(z_s | z_t, x), from this level t down to s."""
+        alpha_step, variance_step = self.step_from(other)
+        of_z = alpha_step * torch.exp(F.logsigmoid(other.gamma) - F.logsigmoid(self.gamma))
+        of_x = other.alpha * variance_step * torch.exp(-F.logsigmoid(self.gamma))
+        variance = variance_step * torch.exp(F.logsigmoid(other.gamma) - F.logsigmoid(self.gamma))
+        return of_z, of_x, variance
+
+
+def spread(level: Tensor, like: Tensor, event_dim: int) -> Tensor:
+    """A noise level per datum (or one for all), laid out to broadcast against events."""
+    return level.reshape(level.shape + (1,) * event_dim) if level.dim() else level
+
+
+class Diffusion(PyroModule):
+    r"""The noising process as a guide: q(z_1|x) prod q(z_t|z_{t-1}), without parameters of its own.
+
+    Args:
+        schedule: gamma(t).  A learned one belongs to the model, which registers its parameters; the guide holds it.
+        num_layers: T; None for continuous time, which has no program to run but serves
+            :class:`~pyro_hvae.bounds.DiffusionELBO`.
+        name, plate: as in the chains.
+        event_dim: dims of one datum.
+
+    Raises:
+        ValueError: for T < 1; or on a call, for continuous time.
+
+    Example:
+        >>> from pyro_hvae.schedules import LinearSchedule
+        >>> _ = torch.manual_seed(0)
+        >>> guide = Diffusion(LinearSchedule(-6.0, 4.0), num_layers=3)
+        >>> {site: tuple(z.shape) for site, z in guide(torch.zeros(5, 2)).items()}
+        {'z1': (5, 2), 'z2': (5, 2), 'z3': (5, 2)}
+        >>> list(guide.parameters())
+        []
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        num_layers: int | None,
+        *,
+        name: str = "guide",
+        plate: str = "data",
+        event_dim: int = 1,
+    ) -> None:
+        super().__init__(name)
+        if num_layers is not None:
+            schedule.grid(num_layers)
+        self._held = (schedule,)  # in a tuple, so that torch does not register it a second time
+        self.num_layers = num_layers
+        self.plate_name = plate
+        self.event_dim = event_dim
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._held[0]
+
+    @property
+    def name(self) -> str:
+        return self._pyro_name
+
+    def gammas(self, like: Tensor) -> Tensor:
+        """gamma of layers 1, ..., T, shape (T,), on the device and of the dtype of ``like``."""
+        assert self.num_layers is not None
+        return self.schedule(self.schedule.grid(self.num_layers).to(like))
+
+    def marginal(self, t: Tensor, x: Tensor) -> TorchDistribution:
+        """q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
+        level = Noising(self.schedule(t))
+        return self._normal(spread(level.alpha, x, self.event_dim) * x, level.sigma)
+
+    def step(self, s: Tensor, t: Tensor, z_s: Tensor) -> TorchDistribution:
+        """q(z_t | z_s) for s < t."""
+        alpha, variance = Noising(self.schedule(t)).step_from(Noising(self.schedule(s)))
+        return self._normal(spread(alpha, z_s, self.event_dim) * z_s, variance.sqrt())
+
+    def posterior(self, s: Tensor, t: Tensor, z_t: Tensor, x: Tensor) -> TorchDistribution:
+        """q(z_s | z_t, x) for s < t."""
+        of_z, of_x, variance = Noising(self.schedule(t)).posterior_to(Noising(self.schedule(s)))
+        loc = spread(of_z, z_t, self.event_dim) * z_t + spread(of_x, x, self.event_dim) * x
+        return self._normal(loc, variance.sqrt())
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Any = None,
+        mask: Tensor | None = None,
+        data_size: int | None = None,
+        visit: Callable[[Diffusion], Any] | None = None,
+    ) -> Any:
+        """Draw z_1, ..., z_T given x; or run ``visit`` on this module, inside of its call.
+
+        Args:
+            x: data (N, *event_shape).
+            context: taken and not used, since noise does not depend on it.
+            mask: True = observed; missing entries are noised as zeros.
+            data_size: size of the data set of which x is a minibatch.
+
+        Returns:
+            Draws by site, (..., N, *event_shape).
+        """
+        if visit is not None:
+            return visit(self)
+        if self.num_layers is None:
+            raise ValueError(
+                "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
+                "DiffusionELBO, or give num_layers"
+            )
+        size = batch_size(self.name, x, None, mask, None)
+        x = shown(x, mask)
+        gammas = self.gammas(x)
+        values: dict[str, Tensor] = {}
+        value = x
+        total = size if data_size is None else data_size
+        with pyro.plate(self.plate_name, total, subsample=torch.arange(size, device=x.device), dim=-1):
+            for i in range(self.num_layers):
+                level = Noising(gammas[i])
+                if i == 0:
+                    found = self._normal(level.alpha * x, level.sigma)
+                else:
+                    alpha, variance = level.step_from(Noising(gammas[i - 1]))
+                    found = self._normal(alpha * value, variance.sqrt())
+                value = values[f"z{i + 1}"] = pyro.sample(f"z{i + 1}", found)
+        return values
+
+    def _normal(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
+        return dist.Normal(loc, spread(scale, loc, self.event_dim)).to_event(self.event_dim)
+
+    def __repr__(self) -> str:
+        return f"Diffusion({self.schedule!r}, num_layers={self.num_layers}, name={self.name!r})"
