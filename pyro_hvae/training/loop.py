@@ -95,6 +95,8 @@ class Run:
         self._sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._last: Batch | None = None
         self._pending: Any = None
+        self._steps: int | None = None
+        self._epochs: int | None = None
         self._since_record = self._terms_due = 0
         self._signal: int | None = None
         self._saved = -1
@@ -115,6 +117,7 @@ class Run:
 
     def train(self, steps: int | None, epochs: int | None) -> None:
         """Train until ``steps`` or ``epochs`` in all are done, :meth:`stop` is called, or a signal arrives."""
+        self._steps, self._epochs = steps, epochs
         self._call("on_start")
         try:
             with self._signals():
@@ -140,6 +143,10 @@ class Run:
     def _done(self, steps: int | None, epochs: int | None) -> bool:
         over = (steps is not None and self.step >= steps) or (epochs is not None and self.epoch >= epochs)
         return over or self.stopped is not None
+
+    def _last_step(self) -> bool:
+        in_last_epoch = self._epochs is not None and self.epoch + 1 >= self._epochs
+        return self.step == self._steps or (in_last_epoch and self.batch == self.feed.batches)
 
     def _epoch(self, steps: int | None) -> None:
         batches = self.feed.epoch(self.epoch, self.batch)
@@ -184,7 +191,8 @@ class Run:
         if self._signal is not None:
             self.stop(signal.Signals(self._signal).name)
         elif self.run_dir is not None and self.checkpoint_every and self.step % self.checkpoint_every == 0:
-            self.save()
+            if not self._last_step():  # which is saved with the last record
+                self.save()
         self._last = group[-1]
 
     # -- looking
