@@ -25,31 +25,49 @@ Reference: Ladder Variational Autoencoders (Sønderby et al., 2016).
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_hvae.chains import Chain, TopDown, batch_size, draw_global, has_global
-from pyro_hvae.kernels import Gaussian, Kernel
+from pyro_hvae.kernels import Kernel
+from pyro_hvae.kernels.base import halves
 from pyro_hvae.missing import shown
 
 __all__ = ["Evidence", "Ladder", "merge"]
+
+_FIRST_PRECISION = 0.2  # little beside a unit prior's, so that a posterior starts near its prior
 
 
 class Evidence(Kernel):
     r"""One rung: features d_t = activation(features(d_{t-1})), and evidence about z_t read off them.
 
+    The head yields natural parameters (h, r), that is, the evidence is
+
+    .. math:: \hat\sigma_t^{-2} = \lambda = \lambda_{min} + \operatorname{softplus}(r + c),\qquad
+        \hat\mu_t = h / \lambda,\qquad c: \lambda(0) = 0.2
+
+    It is the same family as a mean and a scale, but what it adds to the posterior mean is h / (lambda +
+    sigma_t^{-2}): the gradient of h survives where lambda is near zero, which is where training starts to
+    push it. With a mean in place of h it does not, and the layer stays at its prior (measured on 8x8 digits:
+    0.00 nats, for any number of steps tried).
+
     Args:
         features: network from d_{t-1} (and the context, by the rule of :mod:`pyro_hvae.kernels`) to d_t.
-        head: network from d_t to (..., 2 d): evidence mean and raw scale, as in
-            :class:`~pyro_hvae.kernels.Gaussian`.
+        head: network from d_t to (..., 2 d): h and r side by side along the first event dim.
         activation: module applied to the features; default none.
-        **options: of ``Gaussian``: ``event_dim``, ``scale``, ``min_scale``.
+        event_dim: dims of one event of z_t, >= 1.
+        min_precision: lambda_min > 0, in units of z^-2.
+
+    Raises:
+        ValueError: for ``event_dim`` or ``min_precision`` out of range.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -59,17 +77,31 @@ class Evidence(Kernel):
     """
 
     def __init__(
-        self, features: nn.Module, head: nn.Module, activation: nn.Module | None = None, **options: Any
+        self,
+        features: nn.Module,
+        head: nn.Module,
+        activation: nn.Module | None = None,
+        *,
+        event_dim: int = 1,
+        min_precision: float = 1e-3,
     ) -> None:
-        super().__init__(features)
+        super().__init__(features, event_dim)
+        if event_dim < 1:
+            raise ValueError("Evidence needs event_dim >= 1: h and r stand side by side along the first event dim.")
+        if not 0.0 < min_precision < _FIRST_PRECISION:
+            raise ValueError(f"min_precision must lie in (0, {_FIRST_PRECISION}), got {min_precision}.")
         self.activation = nn.Identity() if activation is None else activation
-        self.head = Gaussian(head, **options)
+        self.head = head
+        self.min_precision = min_precision
+        self._shift = math.log(math.expm1(_FIRST_PRECISION - min_precision))
 
     def forward(  # type: ignore[override]
         self, below: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, TorchDistribution]:
         features = self.activation(self.parameters_of(below, context))
-        return features, self.head(features)
+        shift, raw = halves(self, self.head(features))
+        precision = F.softplus(raw + self._shift) + self.min_precision
+        return features, dist.Normal(shift / precision, precision.rsqrt()).to_event(self.event_dim)
 
 
 class Ladder(Chain):
@@ -93,7 +125,7 @@ class Ladder(Chain):
             diagonal Gaussian, widths that don't fit, or a model with Bayesian weights.
 
     Example:
-        >>> from pyro_hvae.kernels import Bernoulli, StandardNormal
+        >>> from pyro_hvae.kernels import Bernoulli, Gaussian, StandardNormal
         >>> _ = torch.manual_seed(0)
         >>> decoder, upper = nn.Linear(3, 5), nn.Linear(2, 2 * 3)
         >>> model = TopDown(z2=StandardNormal(2), z1=Gaussian(upper), x=Bernoulli(decoder))

@@ -2,16 +2,17 @@ r"""Ready-made pairs: functions that return (model, guide), built of the kernels
 
 With events of a given shape and latents z_1, ..., z_T of widths d_1, ..., d_T, all networks perceptrons:
 
-====================  =========================================  ================================================
-function              model                                      guide
-====================  =========================================  ================================================
-:func:`vae`           p(z_1) p(x | z_1)                          q(z_1 | x)
-:func:`hvae`          p(z_T) prod p(z_{t-1} | z_t) p(x | z_1)    bottom-up, q(z_1 | x) prod q(z_t | z_{t-1})
-:func:`ladder_vae`    the same                                   top-down, evidence merged with the model's prior
-====================  =========================================  ================================================
+====================  =========================================
+================================================ function              model
+guide ====================  =========================================
+================================================ :func:`vae`           p(z_1) p(x | z_1)
+q(z_1 | x) :func:`hvae`          p(z_T) prod p(z_{t-1} | z_t) p(x | z_1)    bottom-up, q(z_1 | x) prod q(z_t |
+z_{t-1}) :func:`ladder_vae`    the same                                   top-down, evidence merged with the
+model's prior ====================  =========================================
+================================================
 
-``vae`` is ``hvae`` with one layer, parameter for parameter. Every pair records on its programs how it was
-made, as plain
+All weights start by Xavier's rule and all biases at zero. ``vae`` is ``hvae`` with one layer, parameter for
+parameter. Every pair records on its programs how it was made, as plain
 data: ``model.factory == {"factory": "pyro_hvae.models.hvae", "args": {...}}``.
 """
 
@@ -37,7 +38,7 @@ from pyro_hvae.kernels import (
 )
 from pyro_hvae.kernels.base import join
 from pyro_hvae.ladder import Evidence, Ladder
-from pyro_hvae.nn import MLP
+from pyro_hvae.nn import MLP, xavier_
 from pyro_hvae.schedules import LinearSchedule, Schedule
 
 __all__ = ["hvae", "ladder_vae", "vae", "vdm"]
@@ -61,6 +62,9 @@ LIKELIHOODS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "negative_binomial": (NegativeBinomial, 2),
     "poisson": (Poisson, 1),
 }
+
+# floor of the standard deviations of p(z_t | z_{t+1}), t < T, in a ladder: see ladder_vae
+_LADDER_FLOOR = 0.9
 
 Hidden = Sequence[int] | Sequence[Sequence[int]]
 
@@ -169,6 +173,10 @@ def ladder_vae(
 
     Rung t has features of the hidden widths of layer t, d_t being the last of them, and a linear head on it.
 
+    The standard deviations of p(z_t | z_{t+1}) are held above 0.9. The unit of a latent is free, so that this
+    costs the model little; without it the first steps, in which all latents are but noise to the decoder,
+    shrink z_t together with its posterior, and a layer that small no longer gets a gradient.
+
     Args:
         event_shape: as in :func:`hvae`.
         latent_dims: as in :func:`hvae`.
@@ -230,7 +238,7 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
     scale = args["scale"]
 
     def net(before: int | tuple[int, ...], after: int | tuple[int, ...], widths: Sequence[int]) -> nn.Module:
-        inner = MLP(_width(before) + context, _width(after), widths, activation)
+        inner = MLP(_width(before) + context, _width(after), widths, activation, xavier=True)
         if all(isinstance(shape, int) or len(shape) == 1 for shape in (before, after)):
             return inner
         return Folded(inner, before, after)
@@ -240,8 +248,9 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
         if "num_categories" not in options:
             raise ValueError("likelihood='categorical' needs num_categories=, the number of values of a variable.")
         out = (*event, options.pop("num_categories"))
+    floor = {"min_scale": _LADDER_FLOOR} if family is Ladder else {}
     decoders = [
-        Gaussian(net(above, 2 * here, widths[::-1]), scale=scale)
+        Gaussian(net(above, 2 * here, widths[::-1]), scale=scale, **floor)
         for here, above, widths in zip(dims, dims[1:], hidden[1:])
     ]
     kernels: dict[str, nn.Module] = {f"z{len(dims)}": StandardNormal(dims[-1])}
@@ -258,9 +267,8 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
         rungs = {
             f"z{t + 1}": Evidence(
                 net(features[t], features[t + 1], hidden[t][:-1]),
-                nn.Linear(hidden[t][-1], 2 * dims[t]),
+                xavier_(nn.Linear(hidden[t][-1], 2 * dims[t])),
                 activation(),
-                scale=scale,
             )
             for t in range(len(dims))
         }
@@ -340,8 +348,8 @@ def vdm(
         denoiser: module called with (z, gamma), or (z, gamma, context).
         event_shape: of one datum.
         num_layers: T; None for continuous time.
-        schedule: gamma(t); :class:`~pyro_hvae.schedules.LinearSchedule` by default.  A learned one is trained as a
-            part of the model.
+        schedule: gamma(t); :class:`~pyro_hvae.schedules.LinearSchedule` by default.  A learned one is trained
+            as a part of the model.
         likelihood: kernel for p(x | z_1); by default the Gaussian that the first noise level leaves.
         parameterisation: what the denoiser predicts: ``"eps"``, ``"x0"``, ``"v"`` or ``"score"``.
 

@@ -191,3 +191,54 @@ class TestErrors:
         guide = Ladder(model, z1=Gaussian(nn.Linear(5, 6)), z2=Gaussian(nn.Linear(3, 4)))
         with pytest.raises(ValueError, match="Bayesian weights"):
             guide(data())
+
+
+class TestEvidence:
+    def test_head_yields_natural_parameters(self):
+        """Merged with N(m, s^2): precision 1/s^2 + lambda, mean (m / s^2 + h) / precision."""
+        rung = Evidence(nn.Identity(), nn.Identity(), min_precision=0.01)
+        given = torch.randn(4, 6)
+        _, evidence = rung(given)
+        h, raw = given.chunk(2, -1)
+        precision = 0.01 + nn.functional.softplus(raw + rung._shift)
+        prior = dist.Normal(torch.randn(4, 3), torch.rand(4, 3) + 0.5).to_event(1)
+        found = merge("z", prior, evidence)
+        total = prior.variance**-1 + precision
+        torch.testing.assert_close(found.variance, 1 / total)
+        torch.testing.assert_close(found.mean, (prior.mean / prior.variance + h) / total)
+
+    def test_starts_with_little_precision_and_a_live_gradient(self):
+        rung = Evidence(nn.Identity(), nn.Identity())
+        given = torch.zeros(1, 2, requires_grad=True)
+        _, evidence = rung(given)
+        torch.testing.assert_close(evidence.variance, torch.full((1, 1), 5.0))
+        found = merge("z", dist.Normal(torch.zeros(1), 1.0).to_event(1), evidence)
+        (gradient,) = torch.autograd.grad(found.mean.sum(), given)
+        torch.testing.assert_close(gradient, torch.tensor([[1 / 1.2, 0.0]]))
+
+    def test_refuses(self):
+        with pytest.raises(ValueError, match=r"min_precision must lie in \(0, 0.2\), got 0.5"):
+            Evidence(nn.Identity(), nn.Identity(), min_precision=0.5)
+        with pytest.raises(ValueError, match="event_dim >= 1"):
+            Evidence(nn.Identity(), nn.Identity(), event_dim=0)
+
+
+@pytest.mark.slow
+def test_more_than_one_layer_learns_without_annealing():
+    """Data of one fair bit in eight copies with noise, log p about -3.3; independent pixels give 8 log 2."""
+    from pyro_hvae import LayerwiseELBO
+    from pyro_hvae.models import ladder_vae
+
+    model, guide = ladder_vae(8, (4, 2), hidden=(32,))
+    bit = (torch.rand(2000, 1) < 0.5).double()
+    x = torch.where(torch.rand(2000, 8) < 0.1, 1 - bit, bit)
+    objective = LayerwiseELBO()(model, guide)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=5e-3)
+    for step in range(600):
+        optimizer.zero_grad()
+        objective(x[(step * 100) % 2000 :][:100]).backward()
+        optimizer.step()
+    terms = LayerwiseELBO(20).terms(model, guide, x)
+    elbo = terms["reconstruction"] - terms["kl_z2"] - terms["kl_z1"]
+    assert elbo.mean() > -4.2
+    assert terms["kl_z1"].mean() + terms["kl_z2"].mean() > 0.5
