@@ -114,7 +114,12 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
             return self._negative(self.estimate(model, guide, args, kwargs)[0])
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Accumulate the gradient of the loss in the parameters, and return the loss."""
+        """Accumulate the gradient of the loss in the parameters, and return the loss.
+
+        Raises:
+            RuntimeError: on one of several processes, which nothing on this route would keep in step.
+        """
+        refuse_many_processes()
         loss, reading = self._differentiable(model, guide, args, kwargs, route="store")
         make_registrable(reading.guide_trace, reading.model_trace)
         if loss.requires_grad:
@@ -163,6 +168,17 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
             traces = (reading.guide_trace, reading.model_trace)
             check_trained(model, guide, traces, loss, route=route, arguments=(args, kwargs), trains=self.trains)
             checked.add(key)
+
+
+def refuse_many_processes() -> None:
+    """Raise where ``torch.distributed`` runs on more than one process."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"pyro.infer.SVI on one of {distributed.get_world_size()} processes: its gradients are not averaged, so the "
+            "processes would drift apart without an error; use pyro_hvae.fit(..., fabric=...), or call "
+            "DistributedDataParallel(bound(model, guide)) and a torch optimiser"
+        )
 
 
 class Bound(Objective):

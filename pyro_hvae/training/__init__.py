@@ -3,6 +3,7 @@
 from pyro_hvae.training.averages import Averages
 from pyro_hvae.training.callbacks import Callback, EarlyStopping, ProgressBar, TensorBoard
 from pyro_hvae.training.checkpoint import CheckpointError
+from pyro_hvae.training.distributed import Ranks
 from pyro_hvae.training.fit import Result, fit, fit_restarts
 from pyro_hvae.training.history import History
 from pyro_hvae.training.loop import Run
@@ -17,6 +18,7 @@ __all__ = [
     "History",
     "NonFiniteError",
     "ProgressBar",
+    "Ranks",
     "Result",
     "Run",
     "TensorBoard",

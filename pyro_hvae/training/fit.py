@@ -176,7 +176,7 @@ def fit(
     batches = whole if ranks.world_size == 1 else whole.shard(ranks.rank, ranks.world_size)
     change = _transform(transform)
 
-    example = _example(whole, change)
+    example = _example(batches, change)
     size = data_size if data_size is not None else whole.data_size
     objective = PairObjective(bound, model, guide, *example, size)
     objective.train()
