@@ -60,9 +60,18 @@ class MultiSampleBound(WeightBound):
             )
         return refused
 
+    def estimate(
+        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[Estimate, Reading]:
+        if torch.is_grad_enabled() or self.num_draws <= self.chunk_size:
+            return super().estimate(model, guide, args, kwargs)
+        weights, reading = self._weights(model, guide, args, kwargs)
+        value = averaged(weights, self.reduce, self.num_repeats)
+        return Estimate(value, value, reading.scale), reading
+
     def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
-            return averaged(self._weights(model, guide, args, kwargs), self.reduce, self.num_repeats)
+            return averaged(self._weights(model, guide, args, kwargs)[0], self.reduce, self.num_repeats)
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The bound, and what tells how far to trust it; shape of the plates.
@@ -98,13 +107,16 @@ class MultiSampleBound(WeightBound):
         whole, rest = divmod(self.num_draws, self.chunk_size)
         return [self.chunk_size] * whole + [rest] * (rest > 0)
 
-    def _weights(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def _weights(
+        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Reading]:
+        """All log-weights, and the reading of the last chunk."""
         parts = []
         for chunk in self._chunks():
             reading = read(model, guide, args, kwargs, num_particles=chunk)
             self.check(reading.structure)
             parts.append(reading.log_weights)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]), reading
 
 
 class IWELBO(MultiSampleBound):

@@ -133,7 +133,7 @@ class Regularised(Objective):
                 f"free bits need a true divergence, and the term(s) {rates} are none: they may be negative in "
                 "expectation. Use a guide that runs top-down (Ladder), or kl_weight alone"
             )
-        weight, minimum = self._weight
+        weight, minimum = self._weight.clone()  # the next step writes in place, maybe before this one's backward
         shape = tuple(plate.size for plate in reading.plates)
         value = torch.zeros(shape, dtype=self._weight.dtype, device=self._weight.device)
         for name, term in terms.items():
@@ -156,7 +156,7 @@ class Regularised(Objective):
             )
         if bound.gradient not in ("pathwise", "score", "vimco"):
             raise ValueError(f"the gradient {bound.gradient!r} is not derived for weighted log-weights: use 'pathwise'")
-        weight = self._weight[0]
+        weight = self._weight[0].clone()  # the next step writes in place, maybe before this one's backward
         terms = layer_terms(reading)
         log_weights = sum(term if name == "reconstruction" else -weight * term for name, term in terms.items())
         reading.log_weights = log_weights.expand_as(reading.log_weights)  # type: ignore[union-attr]

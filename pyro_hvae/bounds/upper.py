@@ -45,6 +45,10 @@ class _FromAbove(Objective):
     def estimate(
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
     ) -> tuple[Estimate, Reading]:
+        if not torch.is_grad_enabled():
+            weights, reading = self._weights._weights(model, guide, args, kwargs)
+            value = -self.reduce(weights)
+            return Estimate(value, value, reading.scale), reading
         with frozen(self._of_model(model, guide, args, kwargs)):
             reading = self._weights.read(model, guide, args, kwargs)
             self._check_reparameterised(reading)
@@ -54,7 +58,7 @@ class _FromAbove(Objective):
     def _check_reparameterised(self, reading: Reading) -> None:
         sites = reading.structure.sites
         fixed = [name for name in reading.structure.drawn if not sites[name].has_rsample]
-        if fixed and torch.is_grad_enabled():
+        if fixed:
             raise ValueError(
                 f"site(s) {fixed} have no reparameterised draws, and {type(self).__name__} has the pathwise gradient "
                 "alone: train the guide by WakePhase or ReweightedWakeSleep, or by a bound from below "
@@ -63,8 +67,6 @@ class _FromAbove(Objective):
 
     def _of_model(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Parameters of the model; a plain function has to be run once more to name its own."""
-        if not torch.is_grad_enabled():
-            return []
         if isinstance(model, nn.Module):
             return list(model.parameters())
         with isolated(model, guide), torch.no_grad():
@@ -73,12 +75,12 @@ class _FromAbove(Objective):
     def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The estimate for each datum in nats, without gradient; shape of the plates common to all sites."""
         with torch.no_grad():
-            return self.reduce(self._weights._weights(model, guide, args, kwargs))
+            return self.reduce(self._weights._weights(model, guide, args, kwargs)[0])
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The estimate (``estimate``, nats) and the quality of its weights, shape of the plates."""
         with torch.no_grad():
-            weights = self._weights._weights(model, guide, args, kwargs)
+            weights = self._weights._weights(model, guide, args, kwargs)[0]
             return {
                 "estimate": self.reduce(weights),
                 "ess": torch.exp(2 * weights.logsumexp(0) - (2 * weights).logsumexp(0)),

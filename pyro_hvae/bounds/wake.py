@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -117,7 +118,8 @@ class SleepPhase(Objective):
     def estimate(
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
     ) -> tuple[Estimate, Reading]:
-        latents, dreamt_args, dreamt_kwargs = simulate(model, args, kwargs)
+        with pyro.validation_enabled(False):  # given() checks what is new, once
+            latents, dreamt_args, dreamt_kwargs = simulate(model, args, kwargs)
         reading = given(model, guide, latents, dreamt_args, dreamt_kwargs)
         value = total(reading.log_q).expand_as(reading.log_weights.detach()).mean(0)
         return Estimate(value, value, reading.scale), reading
