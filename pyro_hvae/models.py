@@ -248,9 +248,9 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
         if "num_categories" not in options:
             raise ValueError("likelihood='categorical' needs num_categories=, the number of values of a variable.")
         out = (*event, options.pop("num_categories"))
-    floor = {"min_scale": _LADDER_FLOOR} if family is Ladder else {}
+    floor = _LADDER_FLOOR if family is Ladder else 1e-3
     decoders = [
-        Gaussian(net(above, 2 * here, widths[::-1]), scale=scale, **floor)
+        Gaussian(net(above, 2 * here, widths[::-1]), scale=scale, min_scale=floor)
         for here, above, widths in zip(dims, dims[1:], hidden[1:])
     ]
     kernels: dict[str, nn.Module] = {f"z{len(dims)}": StandardNormal(dims[-1])}
