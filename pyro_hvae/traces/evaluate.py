@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class Evaluator:
         self.kwargs = {} if kwargs is None else dict(kwargs)
         self.num_particles = num_particles
         self.structure = structure(model, guide, args, self.kwargs)
-        with isolated(model, guide), torch.no_grad():
+        with isolated(model, guide), torch.no_grad(), pyro.validation_enabled(False):
             self.template = run_pair(model, guide, args, self.kwargs)[1]
 
     def __call__(self, values: Mapping[str, Tensor]) -> Reading:
