@@ -1,0 +1,81 @@
+"""Configuration of the documentation: Sphinx with MyST, every page with code executed, warnings as errors."""
+
+import hashlib
+import os
+import re
+from importlib import metadata
+from pathlib import Path
+
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # figures become part of the page
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # a bar of text will do
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks of these pages are too small to share among cores
+
+ROOT = Path(__file__).parent.parent
+
+
+def sources() -> str:
+    """A hash of the package, so that pages run again when the code they show has changed."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "pyro_hvae").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+project = "pyro_hvae"
+author = "the pyro_hvae developers"
+copyright = author
+release = version = metadata.version("pyro-hvae")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",  # the pages carry their own MathJax: equations render without a network
+]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = "pyro_hvae"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_show_sphinx = False
+html_theme_options = {"top_of_page_buttons": []}
+pygments_style = "tango"
+pygments_dark_style = "github-dark"
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+myst_links_external_new_tab = True
+
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "docs" / "_build" / f"executed-{sources()}")
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_merge_streams = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_class_signature = "mixed"
+autoclass_content = "class"
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+add_module_names = False
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Use", "example_section"), ("References", "returns_style")]
+
+
+def escape_stars(app, what, name, obj, options, lines):
+    """Shapes such as (N, *event_shape) are no emphasis."""
+    for index, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            lines[index] = re.sub(r"(?<=[ (])\*(?=[a-z_]+(\[[^]]*\])?[),])", r"\\*", line)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", escape_stars)
