@@ -1,0 +1,36 @@
+"""The README's example runs as it stands (for fewer epochs), and prints what it shows, numbers aside."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+
+
+def test_example_runs_and_prints_what_is_shown(capsys):
+    torch.set_default_dtype(torch.float32)
+    (code,) = blocks("python")
+    assert code.count("epochs=100") == 1
+    exec(compile(code.replace("epochs=100", "epochs=1"), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    shown = README.split(code)[1].split("```")[2].lstrip("\n")
+    number = re.compile(r"-?\d+(\.\d+)?")
+    assert number.sub("#", printed) == number.sub("#", shown)
+
+
+def test_make_targets_that_are_named_exist():
+    targets = re.findall(r"^([a-z-]+):", (Path(__file__).parent.parent / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"\bmake ([a-z-]+)\b", "\n".join([*blocks(""), *re.findall(r"`([^`]*)`", README)]))
+    assert named
+    assert set(named) <= set(targets)
+
+
+def test_pictures_that_are_shown_exist():
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((Path(__file__).parent.parent / picture).exists() for picture in pictures)
