@@ -53,7 +53,7 @@ def ratio(gradient: str, num_particles: int, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
-    parser.add_argument("--repeats", type=int, default=40_000)
+    parser.add_argument("--repeats", type=int, default=4_000)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
