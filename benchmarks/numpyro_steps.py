@@ -1,7 +1,9 @@
-"""The same hierarchical VAE in NumPyro: ``svi.update`` jitted, and many updates in one ``lax.scan`` (extra ``bench``)."""
+"""The same hierarchical VAE in NumPyro: ``svi.update`` jitted, and many updates in one ``lax.scan`` (extra
+``bench``)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -23,7 +25,7 @@ def numpyro_steps(
 
     def mlp(name: str, value: jnp.ndarray, out: int) -> jnp.ndarray:
         widths = [value.shape[-1], *hidden, out]
-        for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             key = jax.random.key(hash((name, layer)) % 2**31)
             bound = (6.0 / (fan_in + fan_out)) ** 0.5
             start = jax.random.uniform(key, (fan_in, fan_out), minval=-bound, maxval=bound)

@@ -1,7 +1,7 @@
 """The reader's guide to the suite: one test for each equation of the exercise sheet that the library grew out of.
 
-EQ2415, Machine Learning and Data Science, Tutorial 9 (A. Honoré and A. Ghosh, 2022).  Numbers are the sheet's; the prose
-that belongs to them is ``docs/tutorial.md``.  Each test runs programs of the library and compares with a closed form.
+EQ2415, Machine Learning and Data Science, Tutorial 9 (A. Honoré and A. Ghosh, 2022).  Numbers are the sheet's; the
+prose that belongs to them is ``docs/tutorial.md``.  Each test compares programs of the library with a closed form.
 """
 
 import math

@@ -175,8 +175,8 @@ def refuse_many_processes() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
-            f"pyro.infer.SVI on one of {distributed.get_world_size()} processes: its gradients are not averaged, so the "
-            "processes would drift apart without an error; use pyro_hvae.fit(..., fabric=...), or call "
+            f"pyro.infer.SVI on one of {distributed.get_world_size()} processes: its gradients are not averaged, so "
+            "the processes would drift apart without an error; use pyro_hvae.fit(..., fabric=...), or call "
             "DistributedDataParallel(bound(model, guide)) and a torch optimiser"
         )
 

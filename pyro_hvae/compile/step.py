@@ -129,7 +129,7 @@ class CompiledStep:
         lost = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in held]
         if lost:
             raise ValueError(f"the optimizer does not hold {len(lost)} parameter(s) of the objective: {lost[:4]}")
-        self._bound = getattr(objective, "bound", getattr(objective, "elbo", None))
+        self._bound: Any = getattr(objective, "bound", getattr(objective, "elbo", None))
         self._programs: dict[tuple, _Program] = {}
         self._state: AdamState | None = None
 
@@ -299,7 +299,8 @@ class _Program:
             from torch._inductor.compile_fx import compile_fx
 
             with config.patch(fallback_random=self.noise == "eager"):
-                self._compiled = compile_fx(self._graph, [*self._held, *inputs])
+                compiled: Any = compile_fx(self._graph, [*self._held, *inputs])
+            self._compiled = compiled
 
     def _step(self, *tensors: Tensor) -> Tensor:
         """The whole step on flat tensors: held ones, moments, count, rates, inputs."""

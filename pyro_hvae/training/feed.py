@@ -152,12 +152,12 @@ class IterableFeed(Feed):
         self.once = iter(source) is source
         self.used = self.positioned = False
         try:
-            self.batches = len(self.source)
+            self.batches = len(source)  # type: ignore[arg-type]
         except TypeError:
             self.batches = None
         self.data_size = getattr(source, "data_size", None)
         if self.data_size is None and hasattr(getattr(source, "dataset", None), "__len__"):
-            self.data_size = len(self.source.dataset)
+            self.data_size = len(source.dataset)  # type: ignore[attr-defined]
         self.rank, self.world_size = 0, 1
 
     def shard(self, rank: int, world_size: int) -> IterableFeed:

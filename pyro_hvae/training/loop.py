@@ -144,6 +144,10 @@ class Run:
         over = (steps is not None and self.step >= steps) or (epochs is not None and self.epoch >= epochs)
         return over or self.stopped is not None
 
+    def _save_due(self) -> bool:
+        every = self.checkpoint_every if self.run_dir is not None else None
+        return every is not None and self.step % every == 0
+
     def _last_step(self) -> bool:
         in_last_epoch = self._epochs is not None and self.epoch + 1 >= self._epochs
         return self.step == self._steps or (in_last_epoch and self.batch == self.feed.batches)
@@ -190,9 +194,8 @@ class Run:
             self._validate()
         if self._signal is not None:
             self.stop(signal.Signals(self._signal).name)
-        elif self.run_dir is not None and self.checkpoint_every and self.step % self.checkpoint_every == 0:
-            if not self._last_step():  # which is saved with the last record
-                self.save()
+        elif self._save_due() and not self._last_step():  # which is saved with the last record
+            self.save()
         self._last = group[-1]
 
     # -- looking

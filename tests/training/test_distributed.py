@@ -1,4 +1,4 @@
-"""Two gloo processes: the gradient of the joined batch, one set of weights, checkpoints that fit any number of ranks."""
+"""Two gloo processes: the gradient of the joined batch, one set of weights, checkpoints for any number of ranks."""
 
 import functools
 import os
