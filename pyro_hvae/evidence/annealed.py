@@ -36,16 +36,27 @@ class Chains:
         log_weights: ``(K, *plates)`` in nats; their expectation bounds log p(x), from below forwards, from above in
             reverse from exact posterior draws.
         values: the chains' last latents by site, on their supports.
-        acceptance: mean acceptance probability at each temperature, ``(T,)``.
-        step_sizes: of the moves, ``(T,)``.
-        betas: the temperatures, ``(T + 1,)``.
+        moves: what moved them; a further run on the same pair and data may use it again.
     """
 
     log_weights: Tensor
     values: dict[str, Tensor]
-    acceptance: Tensor
-    step_sizes: Tensor
-    betas: Tensor
+    moves: Moves
+
+    @property
+    def betas(self) -> Tensor:
+        """The temperatures, ``(T + 1,)``."""
+        return self.moves.betas
+
+    @property
+    def acceptance(self) -> Tensor:
+        """Mean acceptance probability at each temperature, ``(T + 1,)``; 0 where no move was made."""
+        return self.moves.acceptance
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """Step sizes in standard deviations of the pilot, ``(T + 1, *plates)``."""
+        return torch.stack(self.moves.step_sizes)
 
 
 def temperatures(betas: int | str | Sequence[float] | Tensor, num: int = 100) -> Tensor:
@@ -140,21 +151,22 @@ def _resampled(
 
 
 class Moves:
-    """HMC or MALA at each temperature, with step sizes fixed before the weighted run.
+    """HMC or MALA at each temperature, with step sizes and scales fixed before the weighted run.
 
-    Adapting a step size to the chain it moves would bias the weights.  A pilot run of its own chains finds the step
-    size of each temperature (aiming at an acceptance of 0.8 for HMC, 0.57 for MALA), and is then thrown away.
+    Adapting a step size to the chain it moves would bias the weights.  A pilot run of its own chains finds, for each
+    temperature and datum, the step size (aiming at an acceptance of 0.8 for HMC, 0.57 for MALA) and the standard
+    deviation of every coordinate, averaged over the temperatures just passed; the chains are then thrown away.
 
     Args:
         path: the path to move along.
         betas: temperatures.
         num_leapfrog: leapfrog steps a move; 1 is MALA.
         num_moves: moves at each temperature.
-        step_size: where the pilot starts.
+        step_size: where the pilot starts, in standard deviations.
     """
 
     def __init__(
-        self, path: Path, betas: Tensor, *, num_leapfrog: int = 5, num_moves: int = 1, step_size: float = 0.2
+        self, path: Path, betas: Tensor, *, num_leapfrog: int = 5, num_moves: int = 1, step_size: float = 0.5
     ) -> None:
         if num_leapfrog < 1 or num_moves < 1 or step_size <= 0:
             raise ValueError(
@@ -164,31 +176,52 @@ class Moves:
         self.path = path
         self.betas = betas
         self.num_leapfrog, self.num_moves = num_leapfrog, num_moves
-        self.step_sizes = torch.full((len(betas),), float(step_size), dtype=torch.float64)
+        self.first_step = step_size
+        self.step_sizes: list[Tensor] = []
+        self.scales: list[State] = []
         self.acceptance = torch.zeros(len(betas), dtype=torch.float64)
 
     def __call__(self, state: State, t: int) -> State:
         rates = []
         for _ in range(self.num_moves):
             state, accepted = hamiltonian(
-                self.path, state, float(self.betas[t]), float(self.step_sizes[t]), self.num_leapfrog
+                self.path, state, float(self.betas[t]), self.step_sizes[t], self.num_leapfrog, self.scales[t]
             )
             rates.append(accepted.mean())
         self.acceptance[t] = torch.stack(rates).mean()
         return state
 
+    def on(self, path: Path) -> Moves:
+        """The same moves for other chains of the same pair and data."""
+        moved = Moves(path, self.betas, num_leapfrog=self.num_leapfrog, num_moves=self.num_moves)
+        moved.step_sizes, moved.scales = self.step_sizes, self.scales
+        return moved
+
     def tune(self, state: State) -> State:
-        """Run a pilot from draws of the base; set a step size for each temperature."""
+        """Run a pilot from draws of the base; set step sizes and scales for each temperature."""
         target = 0.57 if self.num_leapfrog == 1 else 0.8
-        log_step = math.log(float(self.step_sizes[0]))
+        # A quarter of a period decorrelates a Gaussian at best; a full one returns to its start.
+        longest = math.log(0.5 * math.pi / self.num_leapfrog) if self.num_leapfrog > 1 else math.inf
+        log_step = torch.full_like(self.path.difference(state)[0], math.log(self.first_step))
+        variances = {name: _variance(value) for name, value in state.items()}
         for t in range(len(self.betas)):
+            scales = {name: variance.sqrt() for name, variance in variances.items()}
             for attempt in range(30 if t == 0 else 2):
                 state, accepted = hamiltonian(
-                    self.path, state, float(self.betas[t]), math.exp(log_step), self.num_leapfrog
+                    self.path, state, float(self.betas[t]), log_step.exp(), self.num_leapfrog, scales
                 )
-                log_step += (0.5 if attempt < 10 else 0.2) * (float(accepted.mean()) - target)
-            self.step_sizes[t] = math.exp(log_step)
+                log_step = log_step + (0.5 if attempt < 10 else 0.2) * (accepted.mean(0) - target)
+                log_step = log_step.clamp(max=longest)
+            for name, value in state.items():
+                variances[name] = 0.8 * variances[name] + 0.2 * _variance(value)
+            self.step_sizes.append(log_step.exp())
+            self.scales.append(scales)
         return state
+
+
+def _variance(chains: Tensor) -> Tensor:
+    """Variance over the chains, kept away from zero where they all stand at one value."""
+    return chains.var(0).clamp(min=1e-12)
 
 
 def adaptive_temperatures(path: Path, *, target: float = 0.9, num_leapfrog: int = 5, most: int = 2000) -> Tensor:
@@ -246,7 +279,9 @@ def anneal(
     num_leapfrog: int = 5,
     num_moves: int = 1,
     reverse_from: dict[str, Tensor] | None = None,
+    num_refreshes: int = 0,
     resample: bool = False,
+    moves: Moves | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> Chains:
@@ -261,12 +296,15 @@ def anneal(
         num_leapfrog: leapfrog steps a move; 1 is MALA.
         num_moves: moves at each temperature.
         reverse_from: posterior draws by site, K on the leftmost dim, to run in reverse from.
+        num_refreshes: moves at temperature one before a reverse run.  They leave the posterior as it is, and make
+            chains independent that start from the same draw.
         resample: make it a sequential Monte Carlo sampler.
+        moves: of an earlier run on the same pair and data, with its temperatures, instead of a pilot.
         progress: show a bar.
 
     Returns:
         :class:`Chains`.  The cost is ``num_chains * T * num_moves * (num_leapfrog + 1)`` gradients a datum, and a
-        pilot of about twice as many moves, with at most 16 chains.
+        pilot of two moves at each temperature, with 8 to 16 chains.
 
     Raises:
         ValueError: for temperatures that do not increase from 0 to 1, a model without latents or with discrete ones,
@@ -294,20 +332,22 @@ def anneal(
     if base == "guide" and guide is None:
         raise ValueError("base='guide' needs a guide; use base='prior' for none")
     start_from = guide if base == "guide" else None
-    fixed = None if betas == "adaptive" else temperatures(betas)  # refuse bad temperatures before any work
-    pilot = Path(model, start_from, args, kwargs, max(2, min(num_chains, 16)))
-    if fixed is None:
-        fixed = adaptive_temperatures(pilot, num_leapfrog=num_leapfrog)
-    tuned = Moves(pilot, fixed, num_leapfrog=num_leapfrog, num_moves=num_moves)
-    opening = pilot.start()
-    _check_start(pilot.difference(opening))
-    tuned.tune(opening)
+    if moves is None:
+        fixed = None if betas == "adaptive" else temperatures(betas)  # refuse bad temperatures before any work
+        pilot = Path(model, start_from, args, kwargs, max(8, min(num_chains, 16)))
+        if fixed is None:
+            fixed = adaptive_temperatures(pilot, num_leapfrog=num_leapfrog)
+        moves = Moves(pilot, fixed, num_leapfrog=num_leapfrog, num_moves=num_moves)
+        opening = pilot.start()
+        _check_start(pilot.difference(opening))
+        moves.tune(opening)
 
     path = Path(model, start_from, args, kwargs, num_chains)
-    moves = Moves(path, fixed, num_leapfrog=num_leapfrog, num_moves=num_moves)
-    moves.step_sizes = tuned.step_sizes
+    moves = moves.on(path)
     state = path.start() if reverse_from is None else path.unconstrain(reverse_from)
     _check_start(path.difference(state))
+    for _ in range(num_refreshes if reverse_from is not None else 0):
+        state = moves(state, len(moves.betas) - 1)
 
     def pick(chains: State, index: Tensor) -> State:
         picked = {}
@@ -320,12 +360,12 @@ def anneal(
         state,
         path.difference,
         moves,
-        fixed,
+        moves.betas,
         reverse=reverse_from is not None,
         resample=pick if resample and num_chains > 1 else None,
         progress=progress,
     )
-    return Chains(weights, path.constrain(state), moves.acceptance, moves.step_sizes, fixed)
+    return Chains(weights, path.constrain(state), moves)
 
 
 def _check_start(difference: Tensor) -> None:

@@ -16,16 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
 from pyro.infer import config_enumerate
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hvae.psis import pareto_khat
-from pyro_hvae.traces import log_weights, read, structure
+from pyro_hvae.traces import Structure, log_weights, prior_guide, read, structure
 
-__all__ = ["Evidence", "log_evidence", "prior_guide"]
+__all__ = ["Evidence", "log_evidence"]
 
 Program = Callable[..., Any]
 
@@ -76,7 +75,7 @@ def log_evidence(
     *args: Any,
     num_samples: int = 1000,
     method: str = "importance",
-    chunk_size: int = 100,
+    chunk_size: int | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> Evidence:
@@ -90,7 +89,8 @@ def log_evidence(
             joint by the posterior density at a point; ``"annealed"`` runs annealed importance sampling from the guide
             with ``num_samples`` chains (see :func:`pyro_hvae.evidence.anneal` for more control); ``"enumerate"`` sums
             exactly over latents that are all discrete.
-        chunk_size: draws that run at once; memory grows with ``chunk_size``, besides K numbers a datum.
+        chunk_size: draws (or chains) that run at once; memory grows with it, besides K numbers a datum.  By default
+            so many that draws times indices of the largest site's plates stay below 20,000.
         progress: show a bar.
 
     Returns:
@@ -121,18 +121,9 @@ def log_evidence(
     if guide is None and method not in ("prior", "enumerate"):
         raise ValueError(f"method {method!r} draws from a guide, and guide is None: use 'prior', or give one")
     least = 1 if method == "enumerate" else 10
-    if num_samples < least or chunk_size < 1:
+    if num_samples < least or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"need num_samples >= {least} and chunk_size >= 1, got {num_samples} and {chunk_size}")
     return _METHODS[method](model, guide, args, kwargs, num_samples, chunk_size, progress)
-
-
-def prior_guide(model: Program) -> Program:
-    """The model's own latents, drawn as if nothing was observed, as a guide."""
-
-    def hidden(msg: Mapping[str, Any]) -> bool:
-        return msg["type"] == "sample" and msg["is_observed"]
-
-    return poutine.block(model, hide_fn=hidden)
 
 
 def drawn_weights(
@@ -141,7 +132,7 @@ def drawn_weights(
     args: tuple,
     kwargs: Mapping[str, Any],
     num_samples: int,
-    chunk_size: int,
+    chunk_size: int | None,
     progress: bool,
 ) -> Tensor:
     """Log-weights ``(K, *plates)``, in chunks; refuses what would make them no weights of one datum's evidence."""
@@ -157,6 +148,8 @@ def drawn_weights(
             f"plate '{partial[0].name}' shows {partial[0].size} of {partial[0].full_size} indices and does not enclose "
             "all sites: the evidence of a part of the data is not that of the whole. Pass the whole data"
         )
+    if chunk_size is None:
+        chunk_size = default_chunk(found)
     parts = []
     with tqdm(total=num_samples, disable=not progress, desc="log p(x)", unit="draw") as bar:
         for start in range(0, num_samples, chunk_size):
@@ -166,6 +159,12 @@ def drawn_weights(
     weights = torch.cat(parts)
     check_weights(weights)
     return weights
+
+
+def default_chunk(found: Structure) -> int:
+    """How many draws run at once so that memory stays bounded, whatever the number of data."""
+    largest = max(math.prod(plate.size for plate in site.plates) for site in found.sites.values())
+    return max(1, 20_000 // max(1, largest))
 
 
 def check_weights(weights: Tensor) -> None:
@@ -207,7 +206,7 @@ def _importance(
     args: tuple,
     kwargs: Mapping[str, Any],
     num_samples: int,
-    chunk_size: int,
+    chunk_size: int | None,
     progress: bool,
 ) -> Evidence:
     assert guide is not None
@@ -220,7 +219,7 @@ def _prior(
     args: tuple,
     kwargs: Mapping[str, Any],
     num_samples: int,
-    chunk_size: int,
+    chunk_size: int | None,
     progress: bool,
 ) -> Evidence:
     weights = drawn_weights(model, prior_guide(model), args, kwargs, num_samples, chunk_size, progress)
@@ -233,7 +232,7 @@ def _bayes(
     args: tuple,
     kwargs: Mapping[str, Any],
     num_samples: int,
-    chunk_size: int,
+    chunk_size: int | None,
     progress: bool,
 ) -> Evidence:
     r"""log p(x, z*) less log p(z*|x), with p(z*|x) = q(z*) E_post[a(z, z*)] / E_q[a(z*, z)].
@@ -275,7 +274,7 @@ def _enumerate(
     args: tuple,
     kwargs: Mapping[str, Any],
     num_samples: int,
-    chunk_size: int,
+    chunk_size: int | None,
     progress: bool,
 ) -> Evidence:
     def nothing(*_: Any, **__: Any) -> None:
@@ -297,14 +296,22 @@ def _annealed(
     args: tuple,
     kwargs: Mapping[str, Any],
     num_samples: int,
-    chunk_size: int,
+    chunk_size: int | None,
     progress: bool,
 ) -> Evidence:
     from pyro_hvae.evidence.annealed import anneal
 
-    chains = anneal(model, guide, *args, num_chains=num_samples, progress=progress, **kwargs)
-    check_weights(chains.log_weights)
-    return weighed(chains.log_weights, "annealed")
+    size = chunk_size or default_chunk(structure(model, guide or prior_guide(model), args, kwargs))
+    parts: list[Tensor] = []
+    moves = None
+    for start in range(0, num_samples, size):
+        count = min(size, num_samples - start)
+        chains = anneal(model, guide, *args, num_chains=count, moves=moves, progress=progress, **kwargs)
+        parts.append(chains.log_weights)
+        moves = chains.moves
+    weights = torch.cat(parts)
+    check_weights(weights)
+    return weighed(weights, "annealed")
 
 
 _METHODS: dict[str, Callable[..., Evidence]] = {

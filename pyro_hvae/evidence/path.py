@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_hvae.evidence.importance import prior_guide
-from pyro_hvae.traces import Evaluator, Reading, read
+from pyro_hvae.traces import Evaluator, Reading, prior_guide, read
 
 __all__ = ["Path", "Program", "State", "hamiltonian"]
 
@@ -156,12 +155,23 @@ class Path:
         return value if self.num_chains > 1 else value.unsqueeze(0)
 
 
-def hamiltonian(path: Path, state: State, beta: float, step_size: float, num_steps: int) -> tuple[State, Tensor]:
+def hamiltonian(
+    path: Path,
+    state: State,
+    beta: float,
+    step_size: float | Tensor,
+    num_steps: int,
+    scales: State | None = None,
+) -> tuple[State, Tensor]:
     r"""One HMC move that leaves f at beta invariant (``num_steps=1`` is MALA).
 
     Args:
-        step_size: of the leapfrog integrator, > 0.
+        step_size: of the leapfrog integrator, > 0; a number, or one for each datum, of the shape of its plates.
         num_steps: leapfrog steps, >= 1.
+        scales: of the coordinates, by site, in the shape of the state without the chains (a diagonal mass matrix);
+            one by default.
+
+    The step size is multiplied by a uniform draw from [0.7, 1.3], one a datum, so that no trajectory is a period.
 
     Returns:
         The new state, and the acceptance probability per chain and datum.
@@ -172,12 +182,18 @@ def hamiltonian(path: Path, state: State, beta: float, step_size: float, num_ste
     momentum = {name: torch.randn_like(value) for name, value in state.items()}
     log_f, slope = path.gradient(state, beta)
     energy = log_f - 0.5 * path.per_datum({name: p**2 for name, p in momentum.items()})
+    jitter = 0.7 + 0.6 * torch.rand_like(log_f[0])
+    steps = {}
+    for name, value in state.items():
+        steps[name] = path.spread((step_size * jitter).expand(log_f.shape), name, value)
+        if scales is not None:
+            steps[name] = steps[name] * scales[name]
     position = state
     for _ in range(num_steps):
-        momentum = {name: p + 0.5 * step_size * slope[name] for name, p in momentum.items()}
-        position = {name: u + step_size * momentum[name] for name, u in position.items()}
+        momentum = {name: p + 0.5 * steps[name] * slope[name] for name, p in momentum.items()}
+        position = {name: u + steps[name] * momentum[name] for name, u in position.items()}
         log_f, slope = path.gradient(position, beta)
-        momentum = {name: p + 0.5 * step_size * slope[name] for name, p in momentum.items()}
+        momentum = {name: p + 0.5 * steps[name] * slope[name] for name, p in momentum.items()}
     proposed = log_f - 0.5 * path.per_datum({name: p**2 for name, p in momentum.items()})
     # A leap out of the region of finite density is a rejection; so is one from there, where no ratio exists.
     ratio = torch.where(torch.isfinite(proposed), proposed - energy, torch.full_like(energy, -math.inf))

@@ -63,10 +63,10 @@ def evidence_sandwich(
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``; guide None anneals from the prior.
         posterior_samples: posterior draws by site, ``num_chains`` on the leftmost dim, or one for each datum without
-            that dim, which every chain then starts from.
+            that dim, which every chain then starts from, after moves that leave the posterior as it is.
         num_chains: K >= 2 for each datum and direction.
         kwargs: also those of :func:`pyro_hvae.evidence.anneal`: ``betas``, ``num_leapfrog``, ``num_moves``,
-            ``base``, ``progress``.
+            ``base``, ``num_refreshes`` (20), ``progress``.
 
     Returns:
         :class:`Sandwich`.
@@ -87,7 +87,7 @@ def evidence_sandwich(
         ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> latents, (x,), _ = simulate(model, (torch.zeros(2),))
-        >>> bracket = evidence_sandwich(model, None, x, posterior_samples=latents, betas=50)
+        >>> bracket = evidence_sandwich(model, None, x, posterior_samples=latents, num_chains=64, betas=50)
         >>> exact = dist.Normal(0.0, 2.0**0.5).log_prob(x)
         >>> bool(((bracket.lower <= exact) & (exact <= bracket.upper)).all()), bracket.upper_is_bound
         (True, True)
@@ -99,8 +99,8 @@ def evidence_sandwich(
         options.setdefault("base", "prior")
     forward = anneal(model, guide, *args, **options)
     starts = forward.values if posterior_samples is None else _starts(posterior_samples, forward.values, num_chains)
-    options["betas"] = forward.betas
-    reverse = anneal(model, guide, *args, reverse_from=starts, **options)
+    options["moves"] = forward.moves
+    reverse = anneal(model, guide, *args, reverse_from=starts, **{"num_refreshes": 20, **options})
     check_weights(forward.log_weights)
     check_weights(reverse.log_weights)
     low, below = _mean_and_error(forward.log_weights)

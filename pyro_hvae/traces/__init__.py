@@ -12,11 +12,12 @@ mask stay inside.
 
 - :func:`read` runs a pair and returns a :class:`Reading`;
 - :func:`log_weights` evaluates many particles without a gradient, in bounded memory;
-- :class:`Evaluator` and :func:`given` evaluate it at given draws, :func:`simulate` draws from the model itself;
+- :class:`Evaluator` and :func:`given` evaluate it at given draws, :func:`simulate` draws from the model itself,
+  and :func:`prior_guide` makes a guide of its prior;
 - :func:`structure` says what was found, without keeping a trace.
 """
 
-from pyro_hvae.traces.evaluate import Evaluator, given, log_weights, simulate
+from pyro_hvae.traces.evaluate import Evaluator, given, log_weights, prior_guide, simulate
 from pyro_hvae.traces.reading import Reading
 from pyro_hvae.traces.running import read, structure
 from pyro_hvae.traces.structure import Plate, SiteInfo, Structure
@@ -29,6 +30,7 @@ __all__ = [
     "Structure",
     "given",
     "log_weights",
+    "prior_guide",
     "read",
     "simulate",
     "structure",

@@ -16,7 +16,7 @@ from pyro_hvae.traces.running import Program, execute, isolated, read, run_pair,
 from pyro_hvae.traces.structure import sample_sites
 from pyro_hvae.traces.validation import check_particles
 
-__all__ = ["Evaluator", "given", "log_weights", "simulate"]
+__all__ = ["Evaluator", "given", "log_weights", "prior_guide", "simulate"]
 
 
 def log_weights(
@@ -141,6 +141,15 @@ def given(
         raise ValueError(f"sites come with different numbers of draws: {sorted(counts)}")
     once.num_particles = counts.pop() if counts else 1
     return once(values)
+
+
+def prior_guide(model: Program) -> Program:
+    """The model's own latents, drawn as if nothing was observed, as a guide."""
+
+    def hidden(msg: Mapping[str, Any]) -> bool:
+        return msg["type"] == "sample" and msg["is_observed"]
+
+    return poutine.block(model, hide_fn=hidden)
 
 
 def simulate(
