@@ -215,6 +215,20 @@ def test_pyros_own_bound_looks_at_its_loss_and_runs_eagerly(batches):
         compile_step(objective, optimizer, batches[0][0], backend="eager")
 
 
+def test_several_steps_in_one_call(batches):
+    objective, optimizer = small(TraceELBO())
+    other, reference = small(TraceELBO())
+    stacked = torch.stack([x for (x,) in batches])
+    many = compile_step(objective, optimizer, stacked, backend="eager", steps=5)
+    one = compile_step(other, reference, batches[0][0], backend="eager")
+    torch.manual_seed(0)
+    losses = many(stacked)
+    torch.testing.assert_close(losses, run(one, batches), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state_of(objective), state_of(other), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"leading dimension steps=5, got shapes \[\(3, 8, 6\)\]"):
+        many(stacked[:3])
+
+
 def test_weights_that_follow_the_step_are_read_not_burned_in(batches):
     results = []
     for compiled in (True, False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ def compile_step(
     clip_norm: float | None = None,
     backend: str = "inductor",
     noise: str = "eager",
+    steps: int = 1,
     check: bool = True,
 ) -> CompiledStep:
     r"""Compile loss, gradient and optimiser of a Pyro pair into one function of a batch.
@@ -50,6 +51,9 @@ def compile_step(
         backend: ``"inductor"``, or ``"eager"`` to run the flat graph without compiling it.
         noise: ``"eager"`` draws what the eager program would draw from the same generator state; ``"fused"`` draws
             inside the compiled kernels, by another generator seeded from torch's: faster for many draws.
+        steps: how many steps one call makes.  Above one, every tensor of a batch has a further leading dimension of
+            that size, the loss has shape ``(steps,)``, and weights that follow the step stay the same during a call.
+            Compiling takes as many times longer.
         check: compare each new graph with the eager program under the same noise, before its first step.
 
     Returns:
@@ -88,7 +92,9 @@ def compile_step(
         >>> round(objective.guide.slope.item(), 1)
         0.5
     """
-    step = CompiledStep(objective, optimizer, clip_norm=clip_norm, backend=backend, noise=noise, check=check)
+    step = CompiledStep(
+        objective, optimizer, clip_norm=clip_norm, backend=backend, noise=noise, steps=steps, check=check
+    )
     if isinstance(example, Mapping):
         step.prepare((), example)
     else:
@@ -112,6 +118,7 @@ class CompiledStep:
         clip_norm: float | None = None,
         backend: str = "inductor",
         noise: str = "eager",
+        steps: int = 1,
         check: bool = True,
         fuse_optimizer: bool = True,
     ) -> None:
@@ -119,9 +126,14 @@ class CompiledStep:
             raise ValueError(f"backend must be 'inductor' or 'eager', got {backend!r}")
         if noise not in ("eager", "fused"):
             raise ValueError(f"noise must be 'eager' or 'fused', got {noise!r}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.steps = steps
         self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
         self.backend, self.noise, self.check = backend, noise, check
         self.fuse_optimizer = fuse_optimizer and supports(optimizer)
+        if steps > 1 and not self.fuse_optimizer:
+            raise ValueError(f"several steps a call need torch.optim.Adam or AdamW, got {type(optimizer).__name__}")
         self.fallback: str | None = None
         self.seconds = 0.0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -141,6 +153,8 @@ class CompiledStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Make one step on a batch; its loss, before the step."""
         program = self.prepare(args, kwargs)
+        if program is None and self.steps > 1:
+            return torch.stack([self.apply(self.backward([one])) for one in self._slices(args, kwargs)])
         if program is None or program.state is None:
             return self.apply(self.backward([(args, kwargs)]))
         self._advance()
@@ -193,8 +207,9 @@ class CompiledStep:
     # -- building
 
     def _build(self, args: tuple, kwargs: Mapping[str, Any]) -> _Program:
+        one_args, one_kwargs = next(self._slices(args, kwargs))
         with _still(self._bound):
-            flat = trace(self.objective, self.parameters, args, kwargs)
+            flat = trace(self.objective, self.parameters, one_args, one_kwargs)
         trained = [flat.tensors[index] for index in flat.parameters]
         if not trained:
             raise ValueError("the loss does not depend on any parameter of the optimizer")
@@ -204,13 +219,29 @@ class CompiledStep:
                 self._state = AdamState(self.optimizer, trained)
             if [id(p) for p in self._state.parameters] == [id(p) for p in trained]:
                 state = self._state
-        program = _Program(flat, trained, state, self.clip_norm, self.backend, self.noise)
+        if state is None and self.steps > 1:
+            raise ValueError("several steps a call need the same parameters to have a gradient in every batch")
+        program = _Program(flat, trained, state, self.clip_norm, self.backend, self.noise, self.steps)
         if self.check:
-            self._compare(program, args, kwargs)
+            labels, noise = self._compare(program, one_args, one_kwargs)
+            if self.backend == "inductor" and self.noise == "eager":
+                program.verify(split_batch(args, kwargs)[0], noise, labels)
         return program
 
-    def _compare(self, program: _Program, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Eager against flat graph, and flat graph against what was compiled, all under one noise."""
+    def _slices(self, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, Mapping[str, Any]]]:
+        """The batches of one call."""
+        if self.steps == 1:
+            yield args, kwargs
+            return
+        tensors, join = split_batch(args, kwargs)
+        if any(tensor.dim() == 0 or len(tensor) != self.steps for tensor in tensors):
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            raise ValueError(f"every tensor must have the leading dimension steps={self.steps}, got shapes {shapes}")
+        for index in range(self.steps):
+            yield join([tensor[index] for tensor in tensors])
+
+    def _compare(self, program: _Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[str], Tensor]:
+        """Eager against flat graph under one noise; names of what was compared, and the noise."""
         inputs = split_batch(args, kwargs)[0]
         self._set_step()
         with torch.random.fork_rng(), kept_buffers(self.objective):
@@ -224,14 +255,13 @@ class CompiledStep:
         names = {id(p): name for name, p in self.objective.named_parameters()}
         labels = ["the loss", *(f"the gradient of {names[id(p)]}" for p in program.trained)]
         _same("the flat graph", labels, found, (loss.detach(), *gradients))
-        if self.backend == "inductor" and self.noise == "eager":
-            program.verify(inputs, noise, labels)
+        return labels, noise
 
     # -- around a step
 
     def _advance(self) -> None:
         if self._set_step() and getattr(self.objective, "step", None) is None:
-            self._bound.step += 1
+            self._bound.step += self.steps
 
     def _set_step(self) -> bool:
         """Bring weights that follow the step up to date, which live in tensors that the graph reads."""
@@ -260,7 +290,9 @@ class _Program:
         clip_norm: float | None,
         backend: str,
         noise: str,
+        steps: int,
     ) -> None:
+        self.steps = steps
         self.flat, self.trained, self.state = flat, trained, state
         self.clip_norm, self.backend, self.noise = clip_norm, backend, noise
         self._compiled: Callable[..., Any] | None = None
@@ -305,23 +337,29 @@ class _Program:
     def _step(self, *tensors: Tensor) -> Tensor:
         """The whole step on flat tensors: held ones, moments, count, rates, inputs."""
         assert self.state is not None
-        count = len(self.flat.tensors)
+        start = len(self.flat.tensors)
         size, groups = len(self.trained), self.state.optimizer.param_groups
-        held = tensors[:count]
-        first, second = tensors[count : count + size], tensors[count + size : count + 2 * size]
-        steps, *rates = tensors[count + 2 * size : count + 2 * size + 1 + len(groups)]
-        inputs = tensors[count + 2 * size + 1 + len(groups) :]
-        loss, *gradients = fx.Interpreter(self.flat.module).run(*held, *inputs)
-        if self.clip_norm is not None:
-            gradients = clip(gradients, self.clip_norm)
-        parameters = [held[index] for index in self.flat.parameters]
+        held = list(tensors[:start])
+        first, second = tensors[start : start + size], tensors[start + size : start + 2 * size]
+        steps, *rates = tensors[start + 2 * size : start + 2 * size + 1 + len(groups)]
+        inputs = tensors[start + 2 * size + 1 + len(groups) :]
         place = {id(group): index for index, group in enumerate(groups)}
-        new = adam_update(
-            parameters, gradients, first, second, steps, rates, groups, [place[id(g)] for g in self.state.groups]
-        )
-        for old, value in zip([*parameters, *first, *second, steps], [*new[0], *new[1], *new[2], new[3]], strict=True):
+        group_of = [place[id(group)] for group in self.state.groups]
+        parameters = [held[index] for index in self.flat.parameters]
+        now, m, v, count = list(parameters), list(first), list(second), steps
+        losses = []
+        for index in range(self.steps):
+            for where, value in zip(self.flat.parameters, now, strict=True):
+                held[where] = value
+            batch = [tensor[index] for tensor in inputs] if self.steps > 1 else inputs
+            loss, *gradients = fx.Interpreter(self.flat.module).run(*held, *batch)
+            losses.append(loss)
+            if self.clip_norm is not None:
+                gradients = clip(gradients, self.clip_norm)
+            now, m, v, count = adam_update(now, gradients, m, v, count, rates, groups, group_of)
+        for old, value in zip([*parameters, *first, *second, steps], [*now, *m, *v, count], strict=True):
             old.copy_(value)
-        return loss
+        return torch.stack(losses) if self.steps > 1 else losses[0]
 
     def verify(self, inputs: Sequence[Tensor], noise: Tensor, labels: list[str]) -> None:
         """What was compiled against the graph it was compiled from, under one noise; the state is put back."""
@@ -340,6 +378,8 @@ class _Program:
                 # First moments tell of the gradients; parameters would magnify the round-off of vanishing ones.
                 size, start = len(self.trained), len(self.flat.tensors)
                 moments = self._held[start : start + size] if self.state is not None else []
+                if self.steps > 1:  # round-off grows from step to step
+                    out, moments = [out[0][:1]], []
                 results.append([value.clone() for value in (*out, *moments)])
                 for tensor, value in zip(self._held, before, strict=True):
                     tensor.copy_(value)
