@@ -83,7 +83,16 @@ class Reading:
         """Log-density of one site of a trace: user scale and masks in, scale of the datum's plates out."""
         if site["mask"] is False:
             return self._zero(site)
-        return self.weigh(site, site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
+        value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        rank = self.structure.max_plate_nesting + (self.num_particles > 1)
+        if value.dim() > rank and any(size > 1 for size in value.shape[: value.dim() - rank]):
+            raise ValueError(
+                f"site '{site['name']}' has batch shape {tuple(value.shape)} with {self.num_particles} particles, where "
+                f"the plates leave room for {rank} dim(s): its parameters carry the event of a site outside of a plate, "
+                "whose shape is (particles, 1 for each plate, *event), as batch dims. Say .to_event(...) instead of the "
+                "plate, or move the event into it, as in value.squeeze(-2)"
+            )
+        return self.weigh(site, value)
 
     def weigh(self, site: dict[str, Any], value: Tensor) -> Tensor:
         """Apply a site's mask and scales to a tensor of its batch shape, and reduce it."""

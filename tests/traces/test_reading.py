@@ -207,3 +207,20 @@ def test_no_particles():
     for count in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="num_particles must be an integer of at least 1"):
             ph.TraceELBO(num_particles=count)
+
+
+def test_an_event_that_becomes_a_batch_is_refused_where_particles_would_mix():
+    """With one particle it fits by luck; with more, the site's values would be crossed with one another."""
+    y = torch.randn(5)
+
+    def model(y):
+        steps = pyro.sample("steps", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        with pyro.plate("time", 5):
+            pyro.sample("y", dist.Normal(steps, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("steps", dist.Normal(y / 2, 0.7).to_event(1))
+
+    assert read(model, guide, (y,)).log_weights.shape == (1,)
+    with pytest.raises(ValueError, match=r"site 'y' has batch shape .* with 8 particles"):
+        _ = read(model, guide, (y,), num_particles=8).log_weights
