@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_hvae.bounds import DiffusionELBO
 from pyro_hvae.traces import structure
 from pyro_hvae.training.feed import Feed
 from pyro_hvae.training.objective import PairObjective
@@ -38,6 +39,8 @@ def per_datum_loss(objective: PairObjective, args: tuple, kwargs: Mapping[str, A
     kwargs = dict(kwargs)
     if objective.data_size is not None and data_size is not None:
         kwargs["data_size"] = data_size
+    if isinstance(bound, DiffusionELBO):  # each row of x a datum; and the programs can't be run in continuous time
+        return -bound.per_datum(model, guide, *args, **kwargs).mean()
     plates = structure(model, guide, args, kwargs).common
     if plates and hasattr(bound, "per_datum"):
         return -bound.per_datum(model, guide, *args, **kwargs).mean()

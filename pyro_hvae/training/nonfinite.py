@@ -71,6 +71,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def non_finite_sites(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> list[str]:
     """Which draws and log-densities of one run are not finite, in the order they are computed."""
+    if getattr(guide, "num_layers", 0) is None:  # a diffusion in continuous time has no run
+        return []
     with torch.no_grad():
         try:
             reading = read(model, guide, args, kwargs, num_particles=num_particles)

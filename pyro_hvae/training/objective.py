@@ -8,6 +8,9 @@ bar shows is nats a datum.  N is
 1. the size of the data set, where both programs take a ``data_size`` (then a minibatch is scaled by N/B); else
 2. the size of the plates common to all sites, with the scale that the programs' own plates put on them; else
 3. one: a pair with global latents and no ``data_size`` is not divided.
+
+A diffusion under :class:`~pyro_hvae.bounds.DiffusionELBO` is not run to find that out, since in continuous time it
+can't be: its data are the rows of x.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
+from pyro_hvae.bounds import DiffusionELBO
 from pyro_hvae.traces import structure
 from pyro_hvae.traces.parameters import param_sites, unconstrained
 from pyro_hvae.traces.running import _bare, isolated, run_pair, unregistered
@@ -74,8 +78,9 @@ class PairObjective(nn.Module):
         self.data_size = data_size if accepts(model, "data_size") and accepts(guide, "data_size") else None
         self.store = nn.ParameterDict()
         self.store_records: dict[str, dict[str, Any]] = {}
-        with isolated():
-            guide(*args, **self.keywords(kwargs))  # an AutoGuide makes its parameters here
+        if not isinstance(bound, DiffusionELBO):
+            with isolated():
+                guide(*args, **self.keywords(kwargs))  # an AutoGuide makes its parameters here
         self._adopt_store(args, self.keywords(kwargs))
         self.normaliser = float(self._count(args, self.keywords(kwargs)))
         if not any(True for _ in self.parameters()):
@@ -109,6 +114,8 @@ class PairObjective(nn.Module):
     def _count(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
         if self.data_size is not None:
             return self.data_size
+        if isinstance(self.bound, DiffusionELBO):
+            return len(args[0] if args else kwargs["x"])
         count = 1.0
         for plate in structure(self.model, self.guide, args, kwargs).common:
             count *= plate.full_size
@@ -117,7 +124,11 @@ class PairObjective(nn.Module):
     def _adopt_store(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Register what the programs read from the parameter store and no module of theirs owns."""
         with isolated(self.model, self.guide), unregistered():  # another pair's parameters may stand in the store
-            traces = run_pair(_bare(self.model), _bare(self.guide), args, kwargs)
+            if isinstance(self.bound, DiffusionELBO):
+                _, visited = self.bound.estimate(self.model, self.guide, args, kwargs)
+                traces = visited.model_trace, visited.guide_trace
+            else:
+                traces = run_pair(_bare(self.model), _bare(self.guide), args, kwargs)
         owned = {id(parameter) for parameter in self.parameters()}
         store = pyro.get_param_store()
         for name, site in param_sites(*reversed(traces)).items():
