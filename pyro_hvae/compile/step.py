@@ -387,10 +387,12 @@ class _Program:
 
 
 def _same(what: str, labels: list[str], found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for label, a, b in zip(labels, found, expected, strict=True):
-        tolerance = 1e-5 if b.dtype in (torch.float32, torch.float64) else 2e-2
-        distance, size = float((a.double() - b.double()).norm()), float(b.double().norm())
-        if not distance <= tolerance * size + 1e-12:
+    """Refuse what differs by more than round-off, which a gradient that nearly cancels has from its larger parts."""
+    norms = [float(value.double().norm()) for value in expected]
+    for label, a, b, size in zip(labels, found, expected, norms, strict=True):
+        epsilon = torch.finfo(b.dtype).eps
+        distance = float((a.double() - b.double()).norm())
+        if not distance <= max(1e-5, epsilon**0.5) * size + epsilon * max(norms) + 1e-12:
             raise CompileMismatchError(
                 f"{what} does not agree with the program under the same noise: {label} is off by {distance:.3g} of "
                 f"{size:.3g}. Does the program draw from another generator than torch's, or change from call to call?"
