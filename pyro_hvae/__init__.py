@@ -41,6 +41,7 @@ from pyro_hvae.kernels import (
 )
 from pyro_hvae.ladder import Ladder
 from pyro_hvae.models import hvae, ladder_vae, vae, vdm
+from pyro_hvae.reversal import Reversed
 from pyro_hvae.training import fit, fit_restarts, load
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "NegativeBinomial",
     "Poisson",
     "Regularised",
+    "Reversed",
     "ReweightedWakeSleep",
     "SleepPhase",
     "StandardNormal",

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
+from torch.distributions import Independent, MultivariateNormal, Normal, register_kl
 from torch.distributions.utils import broadcast_all
 
 __all__ = ["DiscretizedLogistic", "DiscretizedLogisticMixture", "Levels"]
@@ -314,3 +315,15 @@ def _log1mexp(width: Tensor) -> Tensor:
     near = torch.where(small, width, torch.ones_like(width))
     far = torch.where(small, torch.ones_like(width), width)
     return torch.where(small, torch.log(-torch.expm1(-near)), torch.log1p(-torch.exp(-far)))
+
+
+@register_kl(MultivariateNormal, Independent)
+def _kl_full_diagonal(p: MultivariateNormal, q: Independent) -> Tensor:
+    """KL(N(m, P) || N(l, diag(s^2))), which torch and Pyro know in the other direction alone; nats (...)."""
+    base = q.base_dist
+    if not isinstance(base, Normal) or q.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    scaled = p.scale_tril / base.scale.unsqueeze(-1)
+    square = (scaled**2).sum((-2, -1)) + (((p.loc - base.loc) / base.scale) ** 2).sum(-1)
+    volume = base.scale.log().sum(-1) - p.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return 0.5 * (square - p.event_shape[0]) + volume

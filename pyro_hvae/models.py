@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.diffusion.denoising import DenoisingChain
 from pyro_hvae.diffusion.process import Diffusion
+from pyro_hvae.diffusion.variance import ReverseVariance
 from pyro_hvae.kernels import (
     Bernoulli,
     Categorical,
@@ -341,6 +342,7 @@ def vdm(
     schedule: Schedule | None = None,
     likelihood: nn.Module | None = None,
     parameterisation: str = "eps",
+    reverse_variance: ReverseVariance | None = None,
 ) -> tuple[DenoisingChain, Diffusion]:
     """A variational diffusion model: a denoising chain, and the noising process as its guide.
 
@@ -352,6 +354,7 @@ def vdm(
             as a part of the model.
         likelihood: kernel for p(x | z_1); by default the Gaussian that the first noise level leaves.
         parameterisation: what the denoiser predicts: ``"eps"``, ``"x0"``, ``"v"`` or ``"score"``.
+        reverse_variance: a :class:`~pyro_hvae.diffusion.ReverseVariance`, learned or calibrated.
 
     Reference:
         Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
@@ -371,5 +374,6 @@ def vdm(
         num_layers=num_layers,
         likelihood=likelihood,
         parameterisation=parameterisation,
+        reverse_variance=reverse_variance,
     )
     return model, Diffusion(noise, num_layers, event_dim=len(shape))

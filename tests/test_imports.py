@@ -22,6 +22,7 @@ PROGRAMS = [
     "kernels",
     "chains",
     "ladder",
+    "reversal",
     "coding",
     "diffusion",
     "models",

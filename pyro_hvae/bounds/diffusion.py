@@ -14,6 +14,7 @@ Reference: Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -173,7 +174,7 @@ class DiffusionELBO(Bound):
             uniform, density = self._stretched(uniform)
         repeated = x.expand(self.num_layers_sampled, *x.shape)
         if q.num_layers is None:
-            term = _layer(p, q, None, uniform, repeated, context)
+            term = _rate(p, q, uniform, repeated, context)
         else:
             count = q.num_layers - 1
             index = (uniform * count).floor().clamp(max=count - 1)
@@ -281,6 +282,14 @@ class SimpleDiffusionLoss(DiffusionELBO):
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The terms of the bound, in nats."""
         return self.bound.terms(model, guide, *args, **kwargs)
+
+
+def _rate(p: Any, q: Any, t: Tensor, x: Tensor, context: Any) -> Tensor:
+    """The rate of the divergence at t; a learned schedule's inside gets the gradient of the variance."""
+    with p.schedule.variance_gradient() if hasattr(p, "schedule") else nullcontext(lambda terms: None) as tell:
+        terms = _layer(p, q, None, t, x, context)
+        tell(terms)
+    return terms
 
 
 def _layer(p: Any, q: Any, s: Tensor | None, t: Tensor, x: Tensor, context: Any) -> Tensor:

@@ -6,10 +6,12 @@ with T.
 """
 
 from pyro_hvae.diffusion.denoising import BinnedGaussian, DenoisingChain
-from pyro_hvae.diffusion.likelihood import FlowLikelihood, flow_log_likelihood
+from pyro_hvae.diffusion.inpainting import inpaint
+from pyro_hvae.diffusion.likelihood import FlowLikelihood, dequantised_log_likelihood, flow_log_likelihood
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
 from pyro_hvae.diffusion.process import Diffusion, Noising
 from pyro_hvae.diffusion.samplers import ddim, dpm_solver, guided, probability_flow
+from pyro_hvae.diffusion.variance import ReverseVariance
 
 __all__ = [
     "PARAMETERISATIONS",
@@ -18,10 +20,13 @@ __all__ = [
     "Diffusion",
     "FlowLikelihood",
     "Noising",
+    "ReverseVariance",
     "convert",
     "ddim",
+    "dequantised_log_likelihood",
     "dpm_solver",
     "flow_log_likelihood",
     "guided",
+    "inpaint",
     "probability_flow",
 ]

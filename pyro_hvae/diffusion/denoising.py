@@ -8,6 +8,7 @@ A thousand layers cost no thousand modules: kernels are made when the chain come
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from pyro_hvae.chains import TopDown
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
 from pyro_hvae.diffusion.process import Noising, spread
+from pyro_hvae.diffusion.variance import ReverseVariance
 from pyro_hvae.kernels import Kernel
 from pyro_hvae.schedules import Schedule
 
@@ -129,6 +131,8 @@ class DenoisingChain(TopDown):
         num_layers: T; None for continuous time.
         likelihood: kernel for p(x | z_1); :class:`RescaledGaussian` by default.
         parameterisation: what the denoiser predicts.
+        reverse_variance: how much wider than q(z_{t-1}|z_t, x) the layers p(z_{t-1}|z_t) are, since x is not known; by
+            default not at all.
         name, plate: as in the chains.
 
     Raises:
@@ -153,6 +157,7 @@ class DenoisingChain(TopDown):
         num_layers: int | None,
         likelihood: nn.Module | None = None,
         parameterisation: str = "eps",
+        reverse_variance: ReverseVariance | None = None,
         name: str = "model",
         plate: str = "data",
     ) -> None:
@@ -166,6 +171,7 @@ class DenoisingChain(TopDown):
         )
         self.denoiser = denoiser
         self.schedule = schedule
+        self.reverse_variance = reverse_variance
         self.event_shape = tuple(event_shape)
         self.num_layers = num_layers
         self.parameterisation = parameterisation
@@ -214,13 +220,21 @@ class DenoisingChain(TopDown):
         r"""KL(q(z_s|z_t,x) || p(z_s|z_t)) in closed form, from the noise in z_t; nats (...).
 
         .. math:: \tfrac12\,\mathrm{expm1}(\gamma_t-\gamma_s)\,\|\epsilon-\hat\epsilon\|^2
-                  \qquad\text{or, for } s = \text{None, its rate }\ \tfrac12\,\gamma'(t)\,\|\epsilon-\hat\epsilon\|^2.
+                  \qquad\text{or, for } s = \text{None, its rate }\ \tfrac12\,\gamma'(t)\,\|\epsilon-\hat\epsilon\|^2;
+
+        with a variance of its own, that of :class:`~pyro_hvae.diffusion.ReverseVariance`.
         """
         gamma = self.schedule(t)
         predicted = self.predict(z_t, gamma, context, target="eps")
         square = ((noise - predicted) ** 2).sum(tuple(range(-self.event_dim, 0)))
-        weight = self.schedule.derivative(t) if s is None else torch.expm1(gamma - self.schedule(s))
-        return 0.5 * weight * square
+        if s is None:  # a wider variance costs nothing in the limit
+            return 0.5 * self.schedule.derivative(t) * square
+        weight = torch.expm1(gamma - self.schedule(s))
+        if self.reverse_variance is None:
+            return 0.5 * weight * square
+        excess = weight * self.reverse_variance(gamma)
+        dim = math.prod(self.event_shape)
+        return 0.5 * (weight * square / (1 + excess) + dim * (torch.log1p(excess) - excess / (1 + excess)))
 
     def steps(self) -> Iterator[Any]:
         if self.num_layers is None:
@@ -257,6 +271,9 @@ class DenoisingChain(TopDown):
     def _transition(self, lower: Noising, upper: Noising, z: Tensor, context: Any) -> TorchDistribution:
         xhat = self.predict(z, upper.gamma, context)
         of_z, of_x, variance = upper.posterior_to(lower)
+        if self.reverse_variance is not None:
+            excess = torch.expm1(upper.gamma - lower.gamma) * self.reverse_variance(upper.gamma)
+            variance = variance * (1 + excess)
         loc = spread(of_z, z, self.event_dim) * z + spread(of_x, z, self.event_dim) * xhat
         return dist.Normal(loc, spread(variance.sqrt(), z, self.event_dim)).to_event(self.event_dim)
 
