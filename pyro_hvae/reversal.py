@@ -69,7 +69,7 @@ class Reversed(PyroModule):
             if not isinstance(kernel, LinearGaussian):
                 raise TypeError(
                     f"kernel {site!r} of {guide.name!r} is a {type(kernel).__name__}, and only a chain of "
-                    "LinearGaussian kernels above the first can be reversed: its layers given x are no Gaussians otherwise."
+                    "LinearGaussian kernels above the first can be reversed: its layers given x are else no Gaussians."
                 )
         super().__init__(guide.name)
         self.bottom_up = guide
