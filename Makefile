@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 RUN := MPLBACKEND=Agg
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow coverage lint docs bench install clean
+.PHONY: demo test test-slow mutants coverage lint docs bench install clean
 .DEFAULT_GOAL := test
 
 # torch is named first so that pip takes the wheel meant for this machine before anything else asks for torch.
@@ -26,6 +26,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+
+# Breaks a copy of the package line by line; every break must be seen by a test.
+mutants: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 coverage: $(STAMP)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" --cov --cov-report=term-missing

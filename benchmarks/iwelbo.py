@@ -1,6 +1,10 @@
 """One IWELBO step with K = 50 at batch 100 against a hand-written torch loop, in turns, medians.
 
     python benchmarks/iwelbo.py [--particles 50] [--steps 40]
+    python benchmarks/iwelbo.py --memory
+
+With ``--memory``: how far the process grows for ``per_datum`` at K = 5000 and batch 100, for several chunk sizes, each
+in a process of its own.
 
 The model is the one-layer VAE of Burda, Grosse and Salakhutdinov (2016): 784-200-200, 50 latents.
 """
@@ -9,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import resource
 import statistics
 import time
 
@@ -19,12 +25,29 @@ from torch import Tensor
 import pyro_hvae as ph
 
 
+def growth(chunk_size: int) -> float:
+    """How many MB the peak of this process grows by."""
+    model, guide = ph.vae(784, 50)
+    x = (torch.rand(100, 784) < 0.3).float()
+    bound = ph.IWELBO(5000, chunk_size=chunk_size)
+    ph.TraceELBO().per_datum(model, guide, x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bound.per_datum(model, guide, x)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--particles", type=int, default=50)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.memory:
+        for chunk_size in (64, 256, 1024):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(f"K=5000, chunk_size={chunk_size}: {pool.apply(growth, (chunk_size,)):.0f} MB", flush=True)
+        return
     x = (torch.rand(100, 784) < 0.3).float()
     objective = ph.IWELBO(options.particles)(*ph.vae(784, 50))
     objective(x)
