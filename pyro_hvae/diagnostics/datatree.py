@@ -1,62 +1,103 @@
-r"""Draws of a guide as an ArviZ ``DataTree``, so that a variational posterior is inspected as a sampled one is.
+r"""Draws of a guide, of several, or of a sampler, as an ArviZ ``DataTree``: a variational posterior is inspected as a
+sampled one is.
 
-Draws stand as ``(chain=1, draw=S)``; ``chain`` is left for guides trained independently of each other, since R-hat and
-effective sample size of independent draws say nothing about a single one.  Further dims are named from the plates,
-and from ``infer={"event_dims": [...]}`` of a site, as NumPyro's converter does.
+Draws stand as ``(chain, draw)``.  A chain is a guide trained independently of the others, or a chain of a sampler:
+R-hat and effective sample size of the independent draws of a single guide say nothing, so call
+``arviz_stats.summary(tree, kind="stats")`` there; across guides, R-hat compares the runs.  Further dims are named from
+the plates, and from ``infer={"event_dims": [...]}`` of a site, as NumPyro's converter does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from tqdm.auto import tqdm
 
-from pyro_hvae.traces import Reading, read
-from pyro_hvae.traces.reading import total
-from pyro_hvae.traces.structure import sample_sites
+from pyro_hvae.diagnostics.arviz_versions import dataset, library_versions
+from pyro_hvae.diagnostics.groups import Groups
+from pyro_hvae.diagnostics.sources import Source, sources_of
+from pyro_hvae.diagnostics.stores import open_store
 
-__all__ = ["to_datatree"]
+__all__ = ["GROUPS", "to_datatree"]
+
+GROUPS = (
+    "posterior",
+    "unconstrained_posterior",
+    "sample_stats",
+    "log_likelihood",
+    "log_prior",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+    "constant_data",
+)
+"""The groups of a tree."""
+
+CHUNK_BYTES = 2**25
+"""Bytes of values and densities that run at once, where ``chunk_size`` is not given."""
 
 
 def to_datatree(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Any,
+    guide: Any,
     *args: Any,
     num_draws: int = 1000,
+    groups: Sequence[str] | None = None,
     chunk_size: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool = False,
     coords: Mapping[str, Any] | None = None,
-    dims: Mapping[str, list[str]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Draw from a guide and collect draws, densities and predictions in the ArviZ schema.
 
-    ====================== ==================================================================================
-    group                  content
-    ====================== ==================================================================================
-    posterior              each latent site, (chain, draw, its plates, its event dims)
-    sample_stats           ``lp`` = log p(x, z) and ``log_q`` = log q(z|x), summed over all sites, in nats
-                           (chain, draw); ``log_weight``, their difference by datum, (chain, draw, plates)
-    log_likelihood         log p(x|z) of each observed site, in no scale, pointwise (chain, draw, its plates)
-    posterior_predictive   a draw of each observed site given the latents
-    observed_data          what was observed
-    ====================== ==================================================================================
+    ========================= ===============================================================================
+    group                     content (all log-densities in nats)
+    ========================= ===============================================================================
+    posterior                 each latent and deterministic site, (chain, draw, its plates, its event dims)
+    unconstrained_posterior   continuous latents, mapped from their support to the real line
+    sample_stats              ``lp`` = log p(x, z) and ``log_q`` = log q(z|x), summed over all sites, (chain, draw);
+                              ``log_weight``, their difference by datum, (chain, draw, plates common to all sites);
+                              ``log_q_<site>`` of each layer and ``log_factor_<site>``, (chain, draw, its plates);
+                              of a sampler ``lp`` and ``diverging``
+    log_likelihood            log p(x|z) of each observed site, in no scale, pointwise (chain, draw, its plates)
+    log_prior                 log p(z|its parents) of each latent site, in no scale, pointwise
+    posterior_predictive      a draw of each observed site given the latents
+    prior, prior_predictive   draws of the model with nothing observed, as many
+    observed_data             what was observed
+    constant_data             the other arguments that are tensors, as covariates
+    ========================= ===============================================================================
+
+    Entries that a mask drops have a log-density of 0.  In a minibatch ``lp`` and ``log_q`` carry the plate's scale, as
+    in Pyro, and nothing else does.
 
     Args:
-        model, guide: Pyro programs, called with ``args`` and ``kwargs``.
-        num_draws: S >= 1.
-        chunk_size: how many draws run at once; all by default.
-        coords: labels by dim name.
-        dims: names of the event dims by site, where the program does not give them.
+        model: Pyro program, called with ``args`` and ``kwargs``; or one for each guide, trained together with it.
+        guide: Pyro program; a list of guides trained independently, which become chains; or a
+            ``pyro.infer.MCMC`` that has run, whose chains and draws are taken as they are.
+        num_draws: S >= 1 of each guide; a sampler has its own.
+        groups: those wanted, from :data:`GROUPS`; all by default, but for the prior's where it is improper.
+        chunk_size: how many draws run at once; by default so many that their values take some 30 MB.  1 runs programs
+            that can't be vectorised.
+        path: write the draws to this file, ``.nc`` or ``.zarr``, chunk by chunk, instead of holding them in memory.
+        progress: show a bar.
+        coords: labels by dim name; by default 0, 1, ..., or the indices that a plate's ``subsample=`` shows.
+        dims: names of the event dims by site, where the program does not give them, or of all dims of constant data.
 
     Returns:
-        ``xarray.DataTree``.
+        ``xarray.DataTree``; of a ``path``, its arrays are read from the file when they are used.
 
     Raises:
-        ValueError: for ``num_draws < 1``, or programs that do not fit each other.
-        ImportError: without ``arviz-base``.
+        ValueError: for ``num_draws < 1``, unknown groups or labels that do not fit, programs that do not fit each
+            other, a plate that draws a new minibatch at each run, sites that are not the same at each draw.
+        FileExistsError: if there is something at ``path``.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -70,105 +111,144 @@ def to_datatree(
         >>> tree = to_datatree(model, guide, torch.zeros(3), num_draws=10)
         >>> dict(tree["posterior"].sizes)
         {'chain': 1, 'draw': 10, 'data': 3}
+        >>> tree["sample_stats"]["log_q_z"].dims
+        ('chain', 'draw', 'data')
     """
-    import arviz_base
-
+    wanted = _wanted(groups)
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
-    size = num_draws if chunk_size is None else min(chunk_size, num_draws)
-    if size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    parts: list[dict[str, dict[str, np.ndarray]]] = []
-    names: dict[str, list[str]] = {}
-    observed: dict[str, np.ndarray] = {}
     with torch.no_grad():
-        for start in range(0, num_draws, size):
-            reading = read(model, guide, args, kwargs, num_particles=min(size, num_draws - start))
-            parts.append(_groups(reading))
-            if start == 0:
-                names = _dim_names(reading, {} if dims is None else dims)
-                observed = _observed(reading)
-    data = {
-        group: {name: np.concatenate([part[group][name] for part in parts])[None] for name in parts[0][group]}
-        for group in parts[0]
-    }
-    tree = arviz_base.from_dict(
-        {**data, "observed_data": observed},
-        dims=names,
-        coords=None if coords is None else dict(coords),
-        sample_dims=["chain", "draw"],
-    )
-    for group in tree.children.values():
-        group.attrs["inference_library"] = "pyro_hvae"
-    return tree
+        sources = sources_of(model, guide, args, kwargs, num_draws, dims)
+        first = sources[0]
+        num_draws = first.num_draws
+        left_out = _improper_prior(first, wanted, asked=groups is not None)
+        wanted -= left_out
+        naming = _Naming(first, _bound(first.model, args, kwargs), coords, dims, wanted, left_out)
+        size = min(num_draws, chunk_size or max(1, CHUNK_BYTES // (len(sources) * first.layout.bytes_a_draw)))
+        store = open_store(path, naming.tree, num_draws)
+        try:
+            with tqdm(total=num_draws, disable=not progress, desc="to_datatree", unit="draw") as bar:
+                for start in range(0, num_draws, size):
+                    count = min(size, num_draws - start)
+                    store.append(start, _together([source.draw(start, count, wanted) for source in sources]))
+                    bar.update(count)
+            return store.finish()
+        except BaseException:
+            store.discard()
+            raise
 
 
-def _groups(reading: Reading) -> dict[str, dict[str, np.ndarray]]:
-    structure = reading.structure
-    posterior = {name: _placed(reading, name, reading.values[name], "guide") for name in structure.latent}
-    likelihood, predicted = {}, {}
-    for site in sample_sites(reading.model_trace):
-        name = site["name"]
-        if structure.sites[name].role != "observed" or site["infer"].get("_deterministic"):
-            continue
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        if isinstance(site["mask"], Tensor):
-            log_prob = torch.where(site["mask"], log_prob, 0.0)
-        likelihood[name] = _array(_squeeze(reading, name, log_prob, 0))
-        predicted[name] = _placed(reading, name, site["fn"].sample(), "model")
-    whole = reading.over(())
-    log_p = total(whole.log_p).expand(reading.num_particles)
-    log_q = total(whole.log_q).expand(reading.num_particles)
-    return {
-        "posterior": posterior,
-        "sample_stats": {"lp": _array(log_p), "log_q": _array(log_q), "log_weight": _array(reading.log_weights)},
-        "log_likelihood": likelihood,
-        "posterior_predictive": predicted,
-    }
+def _wanted(groups: Sequence[str] | None) -> frozenset[str]:
+    if isinstance(groups, str):
+        raise ValueError(f"groups is a list of names, got the string {groups!r}")
+    unknown = sorted(set(groups or ()) - set(GROUPS))
+    if unknown:
+        raise ValueError(f"unknown group(s) {unknown}; there are {list(GROUPS)}")
+    return frozenset(GROUPS if groups is None else groups)
 
 
-def _placed(reading: Reading, name: str, value: Tensor, which: str) -> np.ndarray:
-    trace = reading.guide_trace if which == "guide" else reading.model_trace
-    return _array(_squeeze(reading, name, value, trace.nodes[name]["fn"].event_dim))
+def _improper_prior(source: Source, wanted: frozenset[str], *, asked: bool) -> frozenset[str]:
+    """The groups of a prior that has no draws."""
+    prior = wanted & {"prior", "prior_predictive"}
+    if not prior or asked or source.can_draw_prior():
+        return frozenset()
+    return prior
 
 
-def _squeeze(reading: Reading, name: str, value: Tensor, event_dim: int) -> Tensor:
-    """``(S, plates of the site, event)``: the batch dims that belong to no plate of the site are dropped."""
-    rank = reading.structure.max_plate_nesting + 1 + event_dim
-    if value.dim() < rank:
-        value = value.reshape((1,) * (rank - value.dim()) + value.shape)
-    if value.shape[0] != reading.num_particles:
-        value = value.expand(reading.num_particles, *value.shape[1:])
-    own = {plate.dim - event_dim for plate in reading.structure.sites[name].plates if plate.dim is not None}
-    spare = [
-        dim
-        for dim in range(-value.dim() + 1, -event_dim)
-        if dim not in own and value.shape[dim] == 1 and dim >= -rank + 1
-    ]
-    return value.squeeze(tuple(spare)) if spare else value
+def _together(parts: list[Groups]) -> Groups:
+    """One chunk of every chain, as ``(chain, draw, ...)``."""
+    first = parts[0]
+    if any({k: set(v) for k, v in part.items()} != {k: set(v) for k, v in first.items()} for part in parts):
+        raise ValueError("the guides do not draw the same sites, so they can't be chains of one tree")
+    return {group: {name: np.stack([part[group][name] for part in parts]) for name in first[group]} for group in first}
 
 
-def _array(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().numpy()
+def _bound(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names that the model gives them."""
+    try:
+        found = inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return {**{f"argument_{i}": value for i, value in enumerate(args)}, **kwargs}
+    named: dict[str, Any] = {}
+    for name, value in found.arguments.items():
+        kind = found.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}_{i}": part for i, part in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    return named
 
 
-def _dim_names(reading: Reading, given: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    names = {}
-    for name, site in reading.structure.sites.items():
-        trace = reading.guide_trace if site.role in ("latent", "auxiliary") else reading.model_trace
-        event = given.get(name) or site.event_dims
-        plates = [plate.name for plate in site.plates if plate.dim is not None]
-        dims = trace.nodes[name]["fn"].event_dim
-        names[name] = plates + (list(event) if event else [f"{name}_dim_{i}" for i in range(dims)])
-    names["log_weight"] = [plate.name for plate in reading.plates]
-    return names
+class _Naming:
+    """Names, labels and attributes: what makes a tree of arrays."""
+
+    def __init__(
+        self,
+        source: Source,
+        bound: Mapping[str, Any],
+        coords: Mapping[str, Any] | None,
+        dims: Mapping[str, Sequence[str]] | None,
+        wanted: frozenset[str],
+        left_out: frozenset[str],
+    ) -> None:
+        self.layout, self.wanted = source.layout, wanted
+        self.observed = source.observed() if "observed_data" in wanted else {}
+        self.constant, self.constant_dims = source.constant(bound, dims) if "constant_data" in wanted else ({}, {})
+        self.unconstrained = source.unconstrained_names()
+        self.coords = {} if coords is None else dict(coords)
+        known = {dim for site in self.layout.sites.values() for dim in site.dims} | {"chain", "draw"}
+        known |= {dim for names in self.constant_dims.values() for dim in names}
+        known |= {dim for names in self.unconstrained.values() for dim in names}
+        unknown = sorted(set(self.coords) - known)
+        if unknown:
+            raise ValueError(f"coords labels {unknown}, which are no dims of the tree; there are {sorted(known)}")
+        self.coords = source.indices | self.coords
+        self.attrs = {
+            "creation_library": "pyro_hvae",
+            "model": _title(source.model),
+            "guide": source.title,
+            "draws": source.kind,
+            "plate_scale": source.plate_scale,
+            **library_versions(),
+        }
+        if left_out:
+            self.attrs["left_out"] = f"{', '.join(sorted(left_out))}: the prior is improper"
+
+    def tree(self, groups: Groups) -> Any:
+        import xarray as xr
+
+        made = {name: dataset(values, self._dims(name, values), self.coords) for name, values in groups.items()}
+        for name, values, dims in (
+            ("observed_data", self.observed, {k: self.layout.sites[k].dims for k in self.observed}),
+            ("constant_data", self.constant, self.constant_dims),
+        ):
+            if name in self.wanted and values:
+                made[name] = dataset(values, dims, self.coords, sample_dims=())
+        tree = xr.DataTree.from_dict({name: made[name] for name in GROUPS if name in made})
+        stamp = next((group.attrs["created_at"] for group in made.values()), None)
+        tree.attrs = self.attrs if stamp is None else {"created_at": stamp, **self.attrs}
+        return tree
+
+    def _dims(self, group: str, values: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
+        sites = self.layout.sites
+        if group == "unconstrained_posterior":
+            return self.unconstrained
+        if group in ("log_likelihood", "log_prior"):
+            return {name: sites[name].plate_names for name in values}
+        if group == "sample_stats":
+            named = {"log_weight": [plate.name for plate in self.layout.common]}
+            for name in values:
+                for prefix in ("log_q_", "log_factor_"):
+                    site = sites.get(name.removeprefix(prefix))
+                    if name.startswith(prefix) and site is not None:
+                        named[name] = site.plate_names
+            return named
+        return {name: sites[name].dims for name in values}
 
 
-def _observed(reading: Reading) -> dict[str, np.ndarray]:
-    found = {}
-    for name in reading.structure.observed:
-        site = reading.model_trace.nodes[name]
-        if site["infer"].get("_deterministic"):
-            continue
-        found[name] = _array(site["value"])
-    return found
+def _title(program: Callable[..., Any]) -> str:
+    return getattr(program, "__name__", None) or type(program).__name__

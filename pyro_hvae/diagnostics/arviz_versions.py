@@ -1,0 +1,90 @@
+"""What differs between the releases of ArviZ, all of it in this file.
+
+Python 3.11 has arviz 0.23, whose own objects are ``InferenceData``, beside arviz-base, arviz-stats and arviz-plots 0.8,
+which know ``DataTree``; from Python 3.12 on, arviz 1.x is those three and ``DataTree`` alone.  Everything else of this
+package imports ``arviz_base``, ``arviz_stats`` and ``arviz_plots``, which are the same on both.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["dataset", "library_versions", "to_inferencedata"]
+
+
+def to_inferencedata(tree: Any) -> Any:
+    """A tree as the ``InferenceData`` of arviz before 1.0.
+
+    Args:
+        tree: ``xarray.DataTree`` of :func:`pyro_hvae.diagnostics.to_datatree`.
+
+    Returns:
+        ``arviz.InferenceData`` with the same groups and attributes; a file's arrays are loaded.
+
+    Raises:
+        ImportError: with arviz 1.x, whose functions take the tree itself.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_hvae.diagnostics import to_datatree
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> tree = to_datatree(model, model, num_draws=5)
+        >>> to_inferencedata(tree).posterior["z"].shape  # doctest: +SKIP
+        (1, 5)
+    """
+    try:
+        from arviz import InferenceData
+    except ImportError as error:
+        raise ImportError(
+            f"arviz {_version('arviz')} has no InferenceData: since 1.0 its functions take the DataTree as it is. Give "
+            "them the tree"
+        ) from error
+    groups = {name: group.to_dataset().load() for name, group in tree.children.items()}
+    return InferenceData(attrs=dict(tree.attrs), **groups)
+
+
+def dataset(
+    values: Mapping[str, np.ndarray],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Any],
+    *,
+    sample_dims: Sequence[str] = ("chain", "draw"),
+    attrs: Mapping[str, Any] | None = None,
+) -> Any:
+    """One group: arrays whose dims after the draws' are named, with coordinates and the attributes of the schema."""
+    import arviz_base
+    import pyro
+
+    return arviz_base.dict_to_dataset(
+        dict(values),
+        dims={name: list(named) for name, named in dims.items()},
+        coords=dict(coords),
+        sample_dims=list(sample_dims),
+        inference_library=pyro,
+        attrs=None if attrs is None else dict(attrs),
+        check_conventions=False,
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what drew, computed and wrote, by attribute name."""
+    packages = {
+        "creation_library": "pyro-hvae",
+        "pyro": "pyro-ppl",
+        "torch": "torch",
+        "arviz_base": "arviz-base",
+        "xarray": "xarray",
+    }
+    return {f"{name}_version": _version(package) for name, package in packages.items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
