@@ -221,6 +221,22 @@ def test_local_draws_that_reach_a_global_one_are_refused():
         ph.IWELBO(4, share_globals=True).loss(model, guide, torch.randn(4))
 
 
+def test_share_globals_refuses_a_subsample_of_the_shared():
+    """Plate "rows" encloses the weights alone, so its scale would stand beside those of the data."""
+
+    def program(x, observed):
+        with pyro.plate("rows", 6, subsample_size=3):
+            w = pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z2", dist.Normal(torch.zeros(()), 1.0))
+            z = pyro.sample("z1", dist.Normal(z, 1.0))
+            if observed:
+                pyro.sample("x", dist.Normal(z + w.sum(), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"plate 'rows' shows 3 of 6 .* does not enclose every site of plate 'data'"):
+        ph.IWELBO(4, share_globals=True).loss(lambda x: program(x, True), lambda x: program(x, False), torch.randn(5))
+
+
 def test_share_globals_needs_local_latents():
     made = build("global_latent")
     with pytest.raises(ValueError, match="share_globals=True needs a plate around some of the latent sites"):

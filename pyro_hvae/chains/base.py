@@ -1,0 +1,149 @@
+"""What both directions share: named kernels, one plate, errors that name the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_hvae.chains.weights import drop_shared, fill_shared
+
+__all__ = ["Chain", "Step"]
+
+Step = tuple[str, Callable[..., TorchDistribution], "dict[str, Any] | None"]
+
+
+class Chain(PyroModule):
+    """An ordered set of named kernels over one plate of data. Base of the chains; defines no program itself.
+
+    Args:
+        name: root of the parameters' names in Pyro's store.
+        plate: name of the plate over the data.
+        kernels: kernels by site name, in the order of sampling.
+
+    Raises:
+        ValueError: for no kernel at all, or a site name that the module or the plate already uses.
+        TypeError: for a kernel that is not a module.
+    """
+
+    def __init__(self, name: str, plate: str, kernels: Mapping[str, nn.Module]) -> None:
+        super().__init__(name)
+        if not kernels:
+            raise ValueError(f"{type(self).__name__} needs at least one kernel, given as site=kernel.")
+        self.plate_name = plate
+        homes: dict[int, str] = {}
+        steps = []
+        for site, kernel in kernels.items():
+            if not isinstance(kernel, nn.Module):
+                raise TypeError(
+                    f"kernel {site!r} must be a torch.nn.Module with forward(parent, context=None) -> "
+                    f"distribution, got {type(kernel).__name__}."
+                )
+            if site == plate or hasattr(self, site):
+                what = "the plate" if site == plate else f"an attribute of {type(self).__name__}"
+                raise ValueError(f"a site can't be called {site!r}: that is the name of {what}. Choose another.")
+            home = homes.setdefault(id(kernel), site)
+            if home == site:
+                setattr(self, site, kernel)
+            else:  # a second registration would double its tensors and rename them
+                self.__dict__[site] = kernel
+            steps.append((site, home, getattr(kernel, "infer", None)))
+        self._steps = tuple(steps)
+        self._indices: Tensor | None = None
+        self.register_state_dict_post_hook(drop_shared)
+        self.register_load_state_dict_pre_hook(fill_shared)
+
+    @property
+    def name(self) -> str:
+        """Root of the parameters' names."""
+        return self._pyro_name
+
+    @property
+    def kernels(self) -> Mapping[str, nn.Module]:
+        """Kernels by site name in the order of sampling (read only)."""
+        return MappingProxyType({site: self._modules[home] for site, home, _ in self._steps})
+
+    def steps(self) -> Iterator[Step]:
+        """Yield (site name, kernel, ``infer``) in the order of sampling, registering kernels on the way.
+
+        A subclass may yield kernels that are made on the fly.
+        """
+        modules = self._modules
+        for site, home, infer in self._steps:
+            kernel = modules[home]
+            if not isinstance(kernel, PyroModule):  # Reading a plain module as an attribute is what registers it.
+                kernel = getattr(self, home)
+            yield site, kernel, infer
+
+    def call(self, site: str, kernel: Callable[..., Any], parent: Tensor | None, context: Any) -> Any:
+        """Call a kernel; what goes wrong inside is told with the kernel's name and shapes."""
+        try:
+            return kernel(parent) if context is None else kernel(parent, context)
+        except (RuntimeError, ValueError) as error:
+            message = self._misfit(site, kernel, parent, context, error)
+            if message is None:
+                raise
+            raise ValueError(message) from error
+
+    def distribution(
+        self, site: str, kernel: Callable[..., TorchDistribution], parent: Tensor | None, context: Any
+    ) -> TorchDistribution:
+        """The distribution of a site."""
+        found = self.call(site, kernel, parent, context)
+        if not isinstance(found, TorchDistributionMixin):
+            raise TypeError(
+                f"kernel {site!r} of {self.name!r} must return a Pyro distribution, got "
+                f"{type(found).__name__}. Wrap a module that gives torch distributions (a zuko flow) in "
+                "kernels.Flow."
+            )
+        return found
+
+    def _misfit(self, site: str, kernel: Any, parent: Any, context: Any, error: Exception) -> str | None:
+        said = str(error)
+        if isinstance(error, RuntimeError) and not any(
+            word in said.lower() for word in ("shape", "size", "dtype", "dimension", "unflatten")
+        ):
+            return None
+        text = f"kernel {site!r} of {self.name!r} ({type(kernel).__name__}) failed"
+        if isinstance(parent, Tensor):
+            text += f" on a parent of shape {tuple(parent.shape)} and {parent.dtype}"
+        if isinstance(context, Tensor):
+            text += f" with a context of shape {tuple(context.shape)} and {context.dtype}"
+        widths = [module for module in getattr(kernel, "modules", list)() if hasattr(module, "in_features")]
+        if widths:
+            expected = widths[0].in_features
+            joined = (
+                f" ({parent.shape[-1]} + {context.shape[-1]} of the context given)"
+                if (isinstance(parent, Tensor) and isinstance(context, Tensor) and context.dim() and parent.dim())
+                else ""
+            )
+            text += f"; its first layer expects a last dim of {expected}{joined}"
+        return f"{text}: {said}"
+
+    def data_plate(self, size: int, data_size: int | None, device: torch.device | None) -> pyro.plate:
+        """The plate over N data that stand for ``data_size``."""
+        if data_size is None:
+            return pyro.plate(self.plate_name, size, dim=-1)
+        if data_size < size:
+            raise ValueError(f"data_size is the size of the whole data set, got {data_size} for a batch of {size}.")
+        indices = self._indices
+        if indices is None or indices.shape[0] != size or indices.device != device:
+            indices = torch.arange(size, device=device)
+            self._indices = indices
+        return pyro.plate(self.plate_name, data_size, subsample=indices, dim=-1)
+
+    def __repr__(self) -> str:
+        path = " -> ".join(self._path())
+        head = f"{type(self).__name__}({path}; name={self.name!r}, plate={self.plate_name!r})"
+        lines = [f"({site}): {kernel!r}".replace("\n", "\n  ") for site, kernel in self.kernels.items()]
+        return "\n  ".join([head, *lines])
+
+    def _path(self) -> list[str]:
+        return [site for site, *_ in self._steps]

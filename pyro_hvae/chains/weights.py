@@ -1,0 +1,52 @@
+"""Weights of kernels: global latents that are drawn once, and tensors that kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pyro.nn import PyroModule
+from torch import nn
+
+__all__ = ["draw_global", "drop_shared", "fill_shared", "has_global"]
+
+
+def draw_global(module: PyroModule) -> None:
+    """Draw the ``PyroSample`` attributes of the kernels, once and outside the data plate."""
+    for child in module._modules.values():
+        if isinstance(child, PyroModule):
+            for name in child._pyro_samples:
+                getattr(child, name)
+            draw_global(child)
+
+
+def has_global(module: PyroModule) -> bool:
+    """Whether :func:`draw_global` would draw anything."""
+    return any(
+        isinstance(child, PyroModule) and (bool(child._pyro_samples) or has_global(child))
+        for child in module._modules.values()
+    )
+
+
+def _shared(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of tensors met before under another name, with that name."""
+    first: dict[int, str] = {}
+    for members in (
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    ):
+        for name, tensor in members:
+            home = first.setdefault(id(tensor), name)
+            if home != name:
+                yield name, home
+
+
+def drop_shared(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, _ in _shared(module):
+        state.pop(prefix + name, None)
+
+
+def fill_shared(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, home in _shared(module):
+        if prefix + home in state:
+            state.setdefault(prefix + name, state[prefix + home])
