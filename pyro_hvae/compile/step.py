@@ -216,7 +216,7 @@ class CompiledStep:
         state = None
         if self.fuse_optimizer:
             if self._state is None:
-                self._state = AdamState(self.optimizer, trained)
+                self._state = AdamState(self.optimizer, trained, self.steps)
             if [id(p) for p in self._state.parameters] == [id(p) for p in trained]:
                 state = self._state
         if state is None and self.steps > 1:
@@ -306,6 +306,8 @@ class _Program:
             self._hold()
         if self._compiled is None:
             self._compile(inputs)
+        if self.state is not None:
+            self.state.advance()
         assert self._compiled is not None
         with torch.no_grad():
             return self._compiled(*self._held, *inputs)
@@ -335,18 +337,17 @@ class _Program:
             self._compiled = compiled
 
     def _step(self, *tensors: Tensor) -> Tensor:
-        """The whole step on flat tensors: held ones, moments, count, rates, inputs."""
+        """The whole step on flat tensors: held ones, moments, count, factors, inputs."""
         assert self.state is not None
-        start = len(self.flat.tensors)
-        size, groups = len(self.trained), self.state.optimizer.param_groups
+        start, size = len(self.flat.tensors), len(self.trained)
         held = list(tensors[:start])
         first, second = tensors[start : start + size], tensors[start + size : start + 2 * size]
-        steps, *rates = tensors[start + 2 * size : start + 2 * size + 1 + len(groups)]
-        inputs = tensors[start + 2 * size + 1 + len(groups) :]
+        count, factors, *inputs = tensors[start + 2 * size :]
+        groups = self.state.optimizer.param_groups
         place = {id(group): index for index, group in enumerate(groups)}
         group_of = [place[id(group)] for group in self.state.groups]
         parameters = [held[index] for index in self.flat.parameters]
-        now, m, v, count = list(parameters), list(first), list(second), steps
+        now, m, v = list(parameters), list(first), list(second)
         losses = []
         for index in range(self.steps):
             for where, value in zip(self.flat.parameters, now, strict=True):
@@ -356,9 +357,10 @@ class _Program:
             losses.append(loss)
             if self.clip_norm is not None:
                 gradients = clip(gradients, self.clip_norm)
-            now, m, v, count = adam_update(now, gradients, m, v, count, rates, groups, group_of)
-        for old, value in zip([*parameters, *first, *second, steps], [*now, *m, *v, count], strict=True):
+            now, m, v = adam_update(now, gradients, m, v, factors[index], groups, group_of)
+        for old, value in zip([*parameters, *first, *second], [*now, *m, *v], strict=True):
             old.copy_(value)
+        count.add_(float(self.steps))
         return torch.stack(losses) if self.steps > 1 else losses[0]
 
     def verify(self, inputs: Sequence[Tensor], noise: Tensor, labels: list[str]) -> None:

@@ -24,10 +24,19 @@ class AdamState:
 
     A graph wants one step count, where torch keeps one for each parameter.  While the graph runs, all parameters
     share one tensor; before anyone else looks (an eager ``step()``, ``state_dict()``) each gets its own again.
+
+    What depends on the count and the rate alone is computed here, once a step, and not in the graph, whose kernels
+    would raise beta to the power t once for every few numbers.
+
+    Args:
+        optimizer: Adam or AdamW.
+        parameters: those that the graph moves.
+        steps: how many steps one call of the graph makes.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], steps: int = 1) -> None:
         self.optimizer = optimizer
+        self.steps = steps
         self.parameters = list(parameters)
         self.groups = []
         places = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -36,8 +45,9 @@ class AdamState:
         self.generation = 0
         self.shared = False
         self.count: Tensor = torch.zeros(())
-        self.rates = [torch.zeros(()) for _ in optimizer.param_groups]
-        self._rate_values: list[Any] = [None] * len(self.rates)
+        self.factors: Tensor = torch.zeros(())
+        self._made = 0.0
+        self._on_host: Tensor = torch.zeros(())
         optimizer.register_step_pre_hook(lambda *_: self.release())
         optimizer.register_state_dict_post_hook(_separate_counts)
         optimizer.register_load_state_dict_post_hook(lambda *_: self._reloaded())
@@ -46,15 +56,24 @@ class AdamState:
         self.shared = False
 
     def acquire(self) -> int:
-        """Make the state one for a graph, and rates up to date; a number that changes with the tensors."""
-        for index, group in enumerate(self.optimizer.param_groups):
-            if group["lr"] != self._rate_values[index]:
-                self.rates[index].fill_(group["lr"])
-                self._rate_values[index] = group["lr"]
+        """Make the state one for a graph; a number that changes with the tensors."""
         if not self.shared:
             self._share()
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether it has moved
         return self.generation
+
+    def advance(self) -> None:
+        """Set what the next call's steps need of count and rate, which the call is expected to follow."""
+        values = self._on_host.numpy()
+        for index, group in enumerate(self.optimizer.param_groups):
+            beta1, beta2 = group["betas"]
+            rate = float(group["lr"])
+            for ahead in range(self.steps):
+                made = self._made + ahead + 1.0
+                values[ahead, index] = rate / (1.0 - beta1**made), (1.0 - beta2**made) ** -0.5, rate
+        self._made += self.steps
+        if self.factors is not self._on_host:
+            self.factors.copy_(self._on_host)
 
     @torch.no_grad()
     def _share(self) -> None:
@@ -66,11 +85,11 @@ class AdamState:
                 "the optimizer has made different numbers of steps for different parameters, and one graph can't "
                 "go on from there"
             )
-        self.count = torch.tensor(counts[0] if counts else 0.0, dtype=torch.float32, device=device)
-        self.rates = [
-            torch.tensor(float(group["lr"]), dtype=torch.float64, device=device)
-            for group in self.optimizer.param_groups
-        ]
+        self._made = counts[0] if counts else 0.0
+        self.count = torch.tensor(self._made, dtype=torch.float32, device=device)
+        shape = (self.steps, len(self.optimizer.param_groups), 3)
+        self._on_host = torch.zeros(shape, dtype=torch.float64)
+        self.factors = self._on_host if device.type == "cpu" else self._on_host.to(device, torch.float32)
         for parameter in self.parameters:
             own = state[parameter]
             if not own:
@@ -90,9 +109,9 @@ class AdamState:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What a graph takes: first moments, second moments, count, rates."""
+        """What a graph takes: first moments, second moments, count, factors."""
         state = [self.optimizer.state[parameter] for parameter in self.parameters]
-        return [*(own["exp_avg"] for own in state), *(own["exp_avg_sq"] for own in state), self.count, *self.rates]
+        return [*(own["exp_avg"] for own in state), *(own["exp_avg_sq"] for own in state), self.count, self.factors]
 
 
 def _separate_counts(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -115,42 +134,39 @@ def adam_update(
     gradients: Sequence[Tensor],
     first: Sequence[Tensor],
     second: Sequence[Tensor],
-    count: Tensor,
-    rates: Sequence[Tensor],
+    factors: Tensor,
     groups: Sequence[dict[str, Any]],
     group_of: Sequence[int],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     r"""One step of Adam, without changing anything in place.
 
     .. math:: m' = \beta_1 m + (1-\beta_1) g,\quad v' = \beta_2 v + (1-\beta_2) g^2,\quad
               \theta' = \theta - \frac{\eta}{1-\beta_1^t}\,\frac{m'}{\sqrt{v'}/\sqrt{1-\beta_2^t}+\epsilon}
 
+    Args:
+        factors: for each parameter group, :math:`\eta/(1-\beta_1^t)`, :math:`1/\sqrt{1-\beta_2^t}` and
+            :math:`\eta`, shape (groups, 3).
+
     Returns:
-        New parameters, first moments, second moments, count.
+        New parameters, first moments, second moments.
 
     Reference:
         Adam: A Method for Stochastic Optimization (Kingma and Ba, 2015); Decoupled Weight Decay Regularization
         (Loshchilov and Hutter, 2019).
     """
-    count = count + 1.0
-    exact = count.to(torch.float64)
-    sizes: dict[int, tuple[Tensor, Tensor]] = {}
-    for index in set(group_of):
-        beta1, beta2 = groups[index]["betas"]
-        sizes[index] = rates[index] / (1.0 - beta1**exact), (1.0 - beta2**exact).rsqrt()
     new: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for theta, gradient, m, v, index in zip(parameters, gradients, first, second, group_of, strict=True):
         group = groups[index]
         beta1, beta2 = group["betas"]
+        size, inverse, rate = (factors[index, place].to(theta.dtype) for place in range(3))
         decay, gradient = group["weight_decay"], -gradient if group["maximize"] else gradient
         if decay and group.get("decoupled_weight_decay"):
-            theta = theta * (1.0 - rates[index] * decay).to(theta.dtype)
+            theta = theta * (1.0 - rate * decay)
         elif decay:
             gradient = gradient + decay * theta
         m = m + (gradient - m) * (1.0 - beta1)
         v = v * beta2 + gradient * gradient * (1.0 - beta2)
-        size, inverse = (value.to(theta.dtype) for value in sizes[index])
         theta = theta - size * (m / (v.sqrt() * inverse + group["eps"]))
         for part, value in zip(new, (theta, m, v), strict=True):
             part.append(value)
-    return *new, count
+    return new
