@@ -2,13 +2,14 @@
 
 import math
 
+import pyro
 import pytest
 import torch
 
 import pyro_hvae as ph
 from pyro_hvae.bounds import DiffusionELBO, SimpleDiffusionLoss
 from pyro_hvae.models import vdm
-from pyro_hvae.nn import DenoisingMLP
+from pyro_hvae.nn import MLP, DenoisingMLP
 from pyro_hvae.schedules import LearnedSchedule
 
 
@@ -16,6 +17,35 @@ def pair(num_layers):
     torch.manual_seed(0)
     schedule = LearnedSchedule(-6.0, 3.0)
     return vdm(DenoisingMLP(2, hidden=16), event_shape=2, num_layers=num_layers, schedule=schedule)
+
+
+@pytest.mark.parametrize("route", ["svi", "module", "fit"])
+@pytest.mark.parametrize("num_layers", [50, None])
+def test_denoiser_schedule_and_likelihood_train_by_each_route(route, num_layers):
+    model, guide = vdm(
+        DenoisingMLP(2, hidden=16),
+        event_shape=2,
+        num_layers=num_layers,
+        schedule=LearnedSchedule(-6.0, 3.0),
+        likelihood=ph.Gaussian(MLP(2, 4, (8,))),
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x, bound = torch.randn(32, 2), DiffusionELBO()
+    if route == "fit":
+        ph.fit(model, guide, x, bound=bound, steps=5, progress=False)
+    elif route == "svi":
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), bound)
+        for _ in range(5):
+            svi.step(x)
+    else:
+        objective = bound(model, guide)
+        optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            objective(x).backward()
+            optimizer.step()
+    assert {name.split(".")[0] for name in before} == {"denoiser", "schedule", "x"}
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
 
 
 @pytest.mark.parametrize("num_layers", [1000, None])
