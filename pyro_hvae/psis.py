@@ -10,11 +10,13 @@ nowhere else.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT_SPREAD", "pareto_khat", "psis"]
+__all__ = ["EXACT_SPREAD", "good_khat", "pareto_khat", "psis"]
 
 EXACT_SPREAD = 1e-10
 """Log-weights that differ by less are round-off around one value: the guide is the posterior, and k is -inf."""
@@ -70,6 +72,21 @@ def pareto_khat(log_weights: Tensor, dim: int = 0) -> Tensor:
         tensor(-inf)
     """
     return psis(log_weights, dim)[1]
+
+
+def good_khat(num_draws: int) -> float:
+    r"""The largest k-hat that so many draws make reliable, :math:`\min(1 - 1/\log_{10} S, 0.7)` (Vehtari et al., 2024).
+
+    Raises:
+        ValueError: for fewer than 2 draws.
+
+    Example:
+        >>> round(good_khat(100), 2), good_khat(10_000)
+        (0.5, 0.7)
+    """
+    if num_draws < 2:
+        raise ValueError(f"need at least 2 draws, got {num_draws}")
+    return min(1 - 1 / math.log10(num_draws), 0.7)
 
 
 def _check(weights: Tensor) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_hvae.psis import pareto_khat, psis
+from pyro_hvae.psis import good_khat, pareto_khat, psis
 
 
 def test_exponential_log_weights_have_their_mean_as_shape():
@@ -61,3 +61,10 @@ def test_zero_weights_are_allowed():
 def test_what_cannot_be_diagnosed(log_weights, message):
     with pytest.raises(ValueError, match=message):
         psis(log_weights)
+
+
+def test_the_threshold_falls_with_few_draws():
+    assert good_khat(10**6) == 0.7
+    assert good_khat(100) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="at least 2 draws, got 1"):
+        good_khat(1)

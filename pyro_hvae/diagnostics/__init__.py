@@ -2,6 +2,22 @@
 
 from pyro_hvae.diagnostics.arviz_versions import to_inferencedata
 from pyro_hvae.diagnostics.datatree import GROUPS, to_datatree
+from pyro_hvae.diagnostics.khat import KHats, khats
 from pyro_hvae.diagnostics.layers import active_units, mean_variances
+from pyro_hvae.diagnostics.loo import compare, held_out, loo
+from pyro_hvae.diagnostics.weights import resample, smoothed_weights
 
-__all__ = ["GROUPS", "active_units", "mean_variances", "to_datatree", "to_inferencedata"]
+__all__ = [
+    "GROUPS",
+    "KHats",
+    "active_units",
+    "compare",
+    "held_out",
+    "khats",
+    "loo",
+    "mean_variances",
+    "resample",
+    "smoothed_weights",
+    "to_datatree",
+    "to_inferencedata",
+]

@@ -8,12 +8,13 @@ package imports ``arviz_base``, ``arviz_stats`` and ``arviz_plots``, which are t
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["dataset", "library_versions", "to_inferencedata"]
+__all__ = ["dataset", "elpd_data", "library_versions", "ranked", "to_inferencedata"]
 
 
 def to_inferencedata(tree: Any) -> Any:
@@ -71,6 +72,45 @@ def dataset(
     )
 
 
+def elpd_data(
+    elpd_i: np.ndarray,
+    khat: np.ndarray,
+    *,
+    dims: Sequence[str],
+    coords: Mapping[str, Any],
+    effective: float,
+    num_draws: int,
+    good: float,
+    log_weights: np.ndarray | None = None,
+    draws: Mapping[str, Any] | None = None,
+    approximate: bool = False,
+) -> Any:
+    """ArviZ's result of a cross-validation; its class has the kind as a field in 0.8, and as a subclass since 1.x."""
+    import xarray as xr
+    from arviz_stats import utils
+
+    pointwise = xr.DataArray(elpd_i, dims=list(dims), coords=dict(coords), name="elpd_i")
+    values: dict[str, Any] = {
+        "elpd": float(elpd_i.sum()),
+        "se": float(np.sqrt(elpd_i.size * elpd_i.var())),
+        "p": effective,
+        "n_samples": num_draws,
+        "n_data_points": int(elpd_i.size),
+        "scale": "log",
+        "warning": bool((khat > good).any()),
+        "good_k": good,
+        "elpd_i": pointwise,
+        "pareto_k": xr.DataArray(khat, dims=list(dims), coords=dict(coords), name="pareto_shape"),
+        "approx_posterior": approximate,
+    }
+    if log_weights is not None and draws is not None:
+        labels = {**draws, **coords}
+        values["log_weights"] = xr.DataArray(log_weights, dims=[*draws, *dims], coords=labels, name="log_weights")
+    if hasattr(utils, "ELPDDataLOO"):
+        return utils.ELPDDataLOO(**values)
+    return utils.ELPDData(kind="loo", **values)
+
+
 def library_versions() -> dict[str, str]:
     """Versions of what drew, computed and wrote, by attribute name."""
     packages = {
@@ -81,6 +121,15 @@ def library_versions() -> dict[str, str]:
         "xarray": "xarray",
     }
     return {f"{name}_version": _version(package) for name, package in packages.items()}
+
+
+def ranked(results: Mapping[str, Any], method: str) -> Any:
+    """``arviz_stats.compare``, of which 0.8 sorts in a way that pandas 3.1 warns of."""
+    import arviz_stats
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The inplace keyword")
+        return arviz_stats.compare(dict(results), method=method)
 
 
 def _version(package: str) -> str:

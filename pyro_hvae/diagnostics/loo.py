@@ -1,0 +1,276 @@
+r"""How well a model predicts data that it has not seen, from draws of a guide.
+
+Leaving datum i out of the posterior changes the weight of a draw by :math:`1/p(x_i|z)`.  ArviZ's ``loo`` starts from
+draws of the posterior.  Draws of a guide need the weight :math:`p(x, z)/q(z|x)` besides; without it, the result looks
+fine where the guide is far off, since the tail of :math:`1/p(x_i|z)` knows nothing of the guide (Bayesian
+Leave-One-Out Cross-Validation for Large Data, Magnusson, Andersen, Jonasson and Vehtari, 2019).  :func:`loo` takes the
+weights that the draws of a tree call for.
+
+Where all latents are local to a datum, as in a VAE, leaving the datum out leaves its latents nothing but the prior, and
+the parameters, which were fitted to it, are left as they are: use data that were held out, :func:`held_out`.
+
+========================== =======================================================================================
+ArviZ function             on a tree of ``to_datatree``
+========================== =======================================================================================
+summary                    with ``kind="stats"``; R-hat and ESS of one guide's independent draws say nothing, those of
+                           several guides compare the runs
+loo, loo_i, loo_subsample  not on draws of a guide as they are: :func:`loo`, or first ``resample``; ``loo_subsample``
+                           takes ``log_p`` and ``log_q``
+loo_approximate_posterior  works, with ``lp`` and ``log_q`` of ``sample_stats`` as ``log_p`` and ``log_q``; it is
+                           :func:`loo`
+compare, plot_compare      on results of :func:`loo` or :func:`held_out`, or by :func:`compare`
+loo_pit, loo_expectations, with ``log_weights`` and ``pareto_k`` of :func:`loo`, or on a tree of ``resample``; by
+loo_score                  themselves they take the draws for the posterior's
+loo_metrics, loo_r2,       take no weights: on a tree of ``resample``
+plot_loo_pit
+loo_moment_match, reloo,   no: they need the posterior's density on flat vectors, or a wrapper that fits again; train
+loo_kfold                  on a part of the data, and use :func:`held_out`
+psense, psense_summary,    work: prior and likelihood are scaled on the draws at hand, so for the guide, or for the
+plot_psense_*              posterior after ``resample``
+metrics, bayes_factor,     work (``bayes_factor`` is the Savage-Dickey ratio, and as good as the guide)
+plot_bf
+bayesian_r2, residual_r2   work where the posterior has the mean of the data as a (deterministic) site
+hdi, eti, mode, kde,       work
+histogram, ecdf, qds
+plot_dist, plot_forest,    work
+plot_ridge, plot_pair,
+plot_pair_focus,
+plot_parallel
+plot_prior_posterior       works
+plot_ppc_*                 work where they fit the kind of data
+plot_ecdf_pit              works on a group of PIT values or ranks
+plot_khat                  on a result of :func:`loo` or :func:`held_out`
+rhat, rhat_nested,         across several guides only, as a comparison of the runs
+plot_rank, plot_rank_dist
+ess, mcse, plot_ess*,      run, and say that the draws are independent, which is known
+plot_mcse, plot_autocorr,
+plot_trace*
+bfmi, plot_energy          no: the energy of a Hamiltonian sampler is no quantity of a guide
+thin                       runs, to no purpose: the draws are independent
+kaplan_meier,              no, unless the data are survival times with a censoring indicator
+plot_ppc_censored
+========================== =======================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_hvae.diagnostics.arviz_versions import elpd_data, ranked
+from pyro_hvae.evidence import log_evidence
+from pyro_hvae.psis import good_khat, psis
+from pyro_hvae.traces import structure
+
+__all__ = ["compare", "held_out", "loo"]
+
+
+def loo(tree: Any, var_name: str | None = None) -> Any:
+    r"""Leave-one-out cross-validation by the smoothed weights that the draws of a tree call for.
+
+    .. math:: \mathrm{elpd}_i = \log \frac{\sum_s r_{is}\,p(x_i|z_s)}{\sum_s r_{is}},\qquad
+              r_{is} \propto \frac{p(x, z_s)}{q(z_s|x)\,p(x_i|z_s)},
+
+    with :math:`p(x, z)/q(z|x) = 1` for draws of :func:`pyro_hvae.diagnostics.resample`, and ArviZ's own ``loo`` for
+    those of a sampler, which depend on each other.
+
+    Args:
+        tree: of :func:`pyro_hvae.diagnostics.to_datatree`, with the groups ``log_likelihood`` and ``sample_stats``.
+        var_name: the observed site, if there are several.
+
+    Returns:
+        ArviZ's ``ELPDData`` in nats, with ``elpd_i``, ``pareto_k`` and ``log_weights``; for
+        ``arviz_stats.loo_pit(tree, log_weights=..., pareto_k=...)`` make datasets of the last two.
+
+    Raises:
+        ValueError: if there is no such site, if all latents are local to a datum, in a minibatch, or for a guide that
+            is a point.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_hvae.diagnostics import to_datatree
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("z", dist.Normal(0.0, 0.3))
+        >>> _ = torch.manual_seed(0)
+        >>> found = loo(to_datatree(model, guide, torch.linspace(-1.0, 1.0, 10), num_draws=2000))
+        >>> round(found.elpd, 1), bool(found.pareto_k.max() < 0.7)
+        (-11.9, True)
+    """
+    likelihood = _likelihood(tree, var_name)
+    data = [dim for dim in likelihood.dims if dim not in ("chain", "draw")]
+    if not data:
+        raise ValueError(
+            f"log_likelihood of '{likelihood.name}' has no dim but the draws': its only datum can't be left out"
+        )
+    if tree.attrs.get("draws") == "mcmc":
+        import arviz_stats
+
+        return arviz_stats.loo(tree, pointwise=True, var_name=str(likelihood.name))
+    weights = _log_ratios(tree, likelihood)
+    values = torch.as_tensor(likelihood.transpose("chain", "draw", *data).values).double()
+    flat = values.reshape(-1, *values.shape[2:])
+    shape = (len(flat),) + (1,) * (flat.dim() - 1)
+    ratios = torch.as_tensor(weights).double().reshape(shape) - flat
+    if bool((flat.amax(0) == flat.amin(0)).all()):
+        raise ValueError("every draw has the same likelihood: the guide is a point, which no datum can be left out of")
+    smoothed, khat = psis(ratios)
+    elpd_i = (smoothed + flat).logsumexp(0)
+    lppd = flat.logsumexp(0) - math.log(len(flat))
+    coords = {dim: likelihood.coords[dim] for dim in data if dim in likelihood.coords}
+    return elpd_data(
+        elpd_i.numpy(),
+        khat.numpy(),
+        dims=data,
+        coords=coords,
+        effective=float((lppd - elpd_i).sum()),
+        num_draws=len(flat),
+        good=good_khat(len(flat)),
+        log_weights=smoothed.reshape(values.shape).numpy(),
+        draws={dim: likelihood.coords[dim] for dim in ("chain", "draw")},
+        approximate=tree.attrs.get("draws") == "guide",
+    )
+
+
+def compare(models: Mapping[str, Any], *, method: str = "stacking", var_name: str | None = None) -> Any:
+    """Rank models by what they predict of data left out or held out.
+
+    Args:
+        models: by name, trees of :func:`pyro_hvae.diagnostics.to_datatree`, whose :func:`loo` is taken, or results of
+            :func:`loo` or :func:`held_out` on the same data.
+        method: of the weights, ``"stacking"``, ``"BB-pseudo-BMA"`` or ``"pseudo-BMA"``, as in ``arviz_stats.compare``.
+        var_name: the observed site, if there are several.
+
+    Returns:
+        ``pandas.DataFrame``, a row a model, the best first: ``elpd`` in nats, its difference to the best
+        (``elpd_diff``) and that one's standard error (``dse``), ``weight``; ``warning`` where a k-hat is too large.
+
+    Raises:
+        ValueError: for fewer than two models, or as :func:`loo`.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_hvae.diagnostics import to_datatree
+        >>> def at(loc):
+        ...     def model(x):
+        ...         z = pyro.sample("z", dist.Normal(loc, 0.1))
+        ...         with pyro.plate("data", len(x)):
+        ...             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        ...     return model
+        >>> def guide(loc):
+        ...     return lambda x: pyro.sample("z", dist.Normal(loc, 0.1))
+        >>> x = torch.linspace(-1.0, 1.0, 10)
+        >>> trees = {str(loc): to_datatree(at(loc), guide(loc), x, num_draws=500) for loc in (0.0, 2.0)}
+        >>> list(compare(trees).index)
+        ['0.0', '2.0']
+    """
+    import xarray as xr
+
+    if len(models) < 2:
+        raise ValueError(f"a comparison takes two models or more, got {list(models)}")
+    found = {name: loo(one, var_name) if isinstance(one, xr.DataTree) else one for name, one in models.items()}
+    return ranked(found, method)
+
+
+def held_out(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_draws: int = 1000,
+    chunk_size: int | None = None,
+    progress: bool = False,
+    **kwargs: Any,
+) -> Any:
+    r"""Importance-weighted log-likelihood of held-out data, with k-hat for each, as ArviZ's result.
+
+    .. math:: \log p(x_n) \approx \log \frac1S \sum_s \frac{p(x_n, z_s)}{q(z_s|x_n)}
+
+    For models whose latents are all local to a datum, this is the log predictive density of a new datum given the
+    trained parameters.  In expectation it is too low, by an amount that vanishes with S where k-hat is small.
+
+    Args:
+        model, guide: Pyro programs, called with ``args`` and ``kwargs``: the held-out data.
+        num_draws: S a datum.
+        chunk_size: draws that run at once, as in :func:`pyro_hvae.evidence.log_evidence`.
+        progress: show a bar.
+
+    Returns:
+        ``ELPDData`` in nats with ``elpd_i`` and ``pareto_k``, for :func:`compare` and ``arviz_plots.plot_khat``.  Its
+        ``p`` is NaN: no parameters are counted.
+
+    Raises:
+        ValueError: if some latent is shared by the data.
+
+    Reference:
+        Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016).
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
+        >>> _ = torch.manual_seed(0)
+        >>> held_out(model, guide, torch.tensor([0.0, 2.0])).elpd_i.values.round(1)
+        array([-1.3, -2.3], dtype=float32)
+    """
+    plates = structure(model, guide, args, kwargs).common
+    if not plates:
+        raise ValueError(
+            "some latent or observed site is shared by all data, so no datum has a predictive density by itself: use "
+            "loo of a tree, or score new data by their posterior predictive"
+        )
+    found = log_evidence(model, guide, *args, num_samples=num_draws, chunk_size=chunk_size, progress=progress, **kwargs)
+    return elpd_data(
+        found.value.cpu().numpy(),
+        found.khat.cpu().numpy(),
+        dims=[plate.name for plate in plates],
+        coords={plate.name: np.arange(plate.size) for plate in plates},
+        effective=float("nan"),
+        num_draws=num_draws,
+        good=good_khat(num_draws),
+    )
+
+
+def _likelihood(tree: Any, var_name: str | None) -> Any:
+    group = tree.children.get("log_likelihood")
+    names = [] if group is None else [str(name) for name in group.data_vars]
+    if var_name is None and len(names) == 1:
+        var_name = names[0]
+    if var_name not in names:
+        raise ValueError(f"var_name {var_name!r} is none of the observed sites in log_likelihood: {names}")
+    assert group is not None
+    return group[var_name]
+
+
+def _log_ratios(tree: Any, likelihood: Any) -> np.ndarray:
+    """log p(x, z) - log q(z|x) of each draw up to a constant, flat."""
+    if tree.attrs.get("plate_scale", 1.0) != 1.0:
+        raise ValueError(
+            f"the tree is of a minibatch that stands for {tree.attrs['plate_scale']:g} times as many data: leaving one "
+            "out needs all data"
+        )
+    stats = tree.children.get("sample_stats")
+    size = likelihood.sizes["chain"] * likelihood.sizes["draw"]
+    if tree.attrs.get("draws") == "resampled":
+        return np.zeros(size)
+    if stats is None or "log_q" not in stats:
+        raise ValueError(
+            "the tree has no sample_stats/log_q, the density of its draws: let to_datatree make that group"
+        )
+    if stats["log_weight"].ndim > 2:
+        raise ValueError(
+            "every latent is local to a datum: left out of the posterior, a datum leaves its latents nothing but the "
+            "prior. Use held_out(model, guide, new_data)"
+        )
+    return (stats["lp"] - stats["log_q"]).transpose("chain", "draw").values.reshape(-1)
