@@ -1,6 +1,7 @@
 """What to trust of a variational posterior."""
 
 from pyro_hvae.diagnostics.arviz_versions import to_inferencedata
+from pyro_hvae.diagnostics.calibration import Calibration, calibrate
 from pyro_hvae.diagnostics.datatree import GROUPS, to_datatree
 from pyro_hvae.diagnostics.khat import KHats, khats
 from pyro_hvae.diagnostics.layers import active_units, mean_variances
@@ -9,8 +10,10 @@ from pyro_hvae.diagnostics.weights import resample, smoothed_weights
 
 __all__ = [
     "GROUPS",
+    "Calibration",
     "KHats",
     "active_units",
+    "calibrate",
     "compare",
     "held_out",
     "khats",
