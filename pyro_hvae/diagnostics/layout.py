@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_hvae.traces import Plate, Reading
 from pyro_hvae.traces.structure import sample_sites
@@ -33,6 +34,7 @@ class Placed:
     event_shape: tuple[int, ...]
     event_names: tuple[str, ...]
     in_guide: bool = False
+    integer: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +67,8 @@ class Layout:
         site = self.sites[name]
         if site.role == "deterministic":
             return self._computed(site, value, num_particles)
-        return self._put(site, value, num_particles, site.event_shape)
+        value = self._put(site, value, num_particles, site.event_shape)
+        return value.round().to(torch.int32) if site.integer and value.is_floating_point() else value
 
     def density(self, name: str, value: Tensor, num_particles: int) -> Tensor:
         """A log-density of a site, of its batch shape, as ``(K, own plates)``."""
@@ -153,7 +156,9 @@ def layout_of(reading: Reading, model_trace: Trace, dims: Mapping[str, Sequence[
                 f"site '{name}' has {len(event_shape)} event dim(s) of shape {event_shape}, and the names "
                 f"{list(names)} are given for them: plates come by their own names"
             )
-        placed[name] = Placed(name, role, plates, event_shape, tuple(names), name in guide_sites)
+        model_site = model_sites.get(name)
+        integer = model_site is not None and role in ("latent", "enumerated", "observed") and _integer(model_site["fn"])
+        placed[name] = Placed(name, role, plates, event_shape, tuple(names), name in guide_sites, integer)
         size += (2 + (role == "latent")) * value.numel() * value.element_size()
     unknown = sorted(set(given) - set(placed))
     if unknown:
@@ -170,6 +175,15 @@ def _computed_dims(plates: tuple[Plate, ...], event_dim: int, value: Tensor) -> 
     batch = value.shape[: value.dim() - event_dim]
     kept = tuple(p for p in plates if p.dim is not None and -p.dim <= len(batch) and batch[p.dim] == p.size)
     return kept, event_dim, value
+
+
+def _integer(fn: Any) -> bool:
+    """Whether the values are whole numbers: torch keeps counts as floats, and ArviZ tells them by their type."""
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    kinds = ("_Boolean", "_IntegerInterval", "_IntegerLessThan", "_IntegerGreaterThan", "_OneHot", "_Multinomial")
+    return type(support).__name__ in kinds
 
 
 def _check_names(placed: Mapping[str, Placed]) -> None:

@@ -14,40 +14,37 @@ ArviZ function             on a tree of ``to_datatree``
 ========================== =======================================================================================
 summary                    with ``kind="stats"``; R-hat and ESS of one guide's independent draws say nothing, those of
                            several guides compare the runs
-loo, loo_i, loo_subsample  not on draws of a guide as they are: :func:`loo`, or first ``resample``; ``loo_subsample``
-                           takes ``log_p`` and ``log_q``
-loo_approximate_posterior  works, with ``lp`` and ``log_q`` of ``sample_stats`` as ``log_p`` and ``log_q``; it is
-                           :func:`loo`
+loo_approximate_posterior, work, with ``lp`` and ``log_q`` of ``sample_stats`` as ``log_p`` and ``log_q``; the first is
+loo_subsample              :func:`loo`
+loo, loo_i, loo_metrics,   take no weights, and the draws for the posterior's: on a tree of ``resample``
+loo_r2, plot_loo_pit
+loo_pit, loo_expectations, with ``log_weights`` and ``pareto_k`` of :func:`loo` (for ``loo_pit`` as datasets, a variable
+loo_score                  a site), or on a tree of ``resample``
 compare, plot_compare      on results of :func:`loo` or :func:`held_out`, or by :func:`compare`
-loo_pit, loo_expectations, with ``log_weights`` and ``pareto_k`` of :func:`loo`, or on a tree of ``resample``; by
-loo_score                  themselves they take the draws for the posterior's
-loo_metrics, loo_r2,       take no weights: on a tree of ``resample``
-plot_loo_pit
+plot_khat                  on a result of :func:`loo` or :func:`held_out`
 loo_moment_match, reloo,   no: they need the posterior's density on flat vectors, or a wrapper that fits again; train
 loo_kfold                  on a part of the data, and use :func:`held_out`
 psense, psense_summary,    work: prior and likelihood are scaled on the draws at hand, so for the guide, or for the
 plot_psense_*              posterior after ``resample``
-metrics, bayes_factor,     work (``bayes_factor`` is the Savage-Dickey ratio, and as good as the guide)
-plot_bf
-bayesian_r2, residual_r2   work where the posterior has the mean of the data as a (deterministic) site
-hdi, eti, mode, kde,       work
+bayes_factor, plot_bf      work (the Savage-Dickey ratio, as good as the guide's density at the point)
+metrics, plot_ppc_*        work where they fit the kind of data: a rootogram takes counts, ``pava`` takes zeros and ones
+bayesian_r2, residual_r2   work where the mean of the data is a (deterministic) site
+plot_lm                    works with a covariate, a tensor among the arguments
+hdi, eti, mode, kde,       work; ``ecdf`` takes ``tree["posterior"].to_dataset()``
 histogram, ecdf, qds
-plot_dist, plot_forest,    work
-plot_ridge, plot_pair,
-plot_pair_focus,
-plot_parallel
-plot_prior_posterior       works
-plot_ppc_*                 work where they fit the kind of data
+kl_divergence, wasserstein work between trees, of two guides say
+plot_dist, plot_forest,    work; the last needs the group ``prior``
+plot_ridge, plot_parallel,
+plot_pair, plot_pair_focus
+plot_prior_posterior
 plot_ecdf_pit              works on a group of PIT values or ranks
-plot_khat                  on a result of :func:`loo` or :func:`held_out`
-rhat, rhat_nested,         across several guides only, as a comparison of the runs
+rhat, rhat_nested,         across several guides, as a comparison of the runs; of one guide they say nothing
 plot_rank, plot_rank_dist
-ess, mcse, plot_ess*,      run, and say that the draws are independent, which is known
+ess, mcse, thin, plot_ess, run, to no purpose: that the draws are independent is known
 plot_mcse, plot_autocorr,
-plot_trace*
+plot_trace, plot_trace_dist
 bfmi, plot_energy          no: the energy of a Hamiltonian sampler is no quantity of a guide
-thin                       runs, to no purpose: the draws are independent
-kaplan_meier,              no, unless the data are survival times with a censoring indicator
+kaplan_meier,              no, unless the data are survival times with their censoring as an argument
 plot_ppc_censored
 ========================== =======================================================================================
 """
