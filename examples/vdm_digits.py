@@ -22,6 +22,7 @@ from pyro_hvae.nn import UNet
 from pyro_hvae.schedules import LearnedSchedule
 
 SHORT = "--short" in sys.argv
+STEPS = 20 if SHORT else 1500
 torch.manual_seed(0)
 
 data = digits(flat=False)
@@ -35,11 +36,8 @@ def forget_some(x, context):
 
 
 schedule = LearnedSchedule(-8.0, 6.0)
-parts = {
-    "event_shape": (1, 8, 8),
-    "schedule": schedule,
-    "likelihood": BinnedGaussian(schedule, event_dim=3, levels=17),
-}
+likelihood = BinnedGaussian(schedule, event_dim=3, levels=17)
+parts = {"event_shape": (1, 8, 8), "schedule": schedule, "likelihood": likelihood}
 network = UNet(1, channels=(8,) if SHORT else (32, 64), context_features=10)
 model, guide = vdm(network, num_layers=None, **parts)  # trained in continuous time
 result = ph.fit(
@@ -47,13 +45,12 @@ result = ph.fit(
     guide,
     {"x": train, "context": labels},
     bound=ph.DiffusionELBO(),
-    steps=20 if SHORT else 2000,
+    steps=STEPS,
     batch_size=128,
     transform=forget_some,
-    optimizer=lambda parameters: torch.optim.Adam(parameters, lr=2e-3),
-    schedule=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, 20 if SHORT else 2000),
+    schedule=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS),
     ema=0.99,
-    log_every=10 if SHORT else 200,
+    log_every=STEPS // 10,
     progress=False,
 )
 for record in result.history:
@@ -70,14 +67,14 @@ with result.averages.applied():
         trace = poutine.trace(sampler).get_trace(context=torch.eye(10).repeat(2, 1))
         gamma = schedule(torch.linspace(0, 1, 200))
 
-count = sampler.num_layers
-sites = {f"t = {t:g}": f"z{max(1, round(t * count))}" for t in (1, 0.8, 0.6, 0.4, 0.2)} | {"x": "x"}
-figure = plt.figure(figsize=(10, 3.8), layout="constrained")
-left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
-for name, axis in zip(sites, left.subplots(2, 3).flat):
-    images = trace.nodes[sites[name]]["value"].reshape(2, 10, 8, 8)
+sites = {f"t = {t}": f"z{max(1, round(t * sampler.num_layers))}" for t in (1, 0.85, 0.7, 0.55, 0.4)} | {"x": "x"}
+figure = plt.figure(figsize=(8, 5.4), layout="constrained")
+left, right = figure.subfigures(1, 2, width_ratios=(1.3, 1))
+for (name, site), axis in zip(sites.items(), left.subplots(6, 1)):
+    images = trace.nodes[site]["value"].reshape(2, 10, 8, 8)
     axis.imshow(images.transpose(1, 2).reshape(16, 80), cmap="gray_r", vmin=-1, vmax=1)
-    axis.set(xticks=[], yticks=[], title=name)
+    axis.set(xticks=[], yticks=[])
+    axis.set_ylabel(name, rotation=0, ha="right", va="center")
 axis = right.subplots()
 axis.plot(torch.linspace(0, 1, 200), gamma, label="learned")
 axis.plot([0, 1], gamma[[0, -1]], ":", color="0.5", label="linear")
