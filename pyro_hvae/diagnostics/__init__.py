@@ -3,6 +3,7 @@
 from pyro_hvae.diagnostics.arviz_versions import to_inferencedata
 from pyro_hvae.diagnostics.calibration import Calibration, calibrate
 from pyro_hvae.diagnostics.datatree import GROUPS, to_datatree
+from pyro_hvae.diagnostics.information import layers
 from pyro_hvae.diagnostics.khat import KHats, khats
 from pyro_hvae.diagnostics.layers import active_units, mean_variances
 from pyro_hvae.diagnostics.loo import compare, held_out, loo
@@ -17,6 +18,7 @@ __all__ = [
     "compare",
     "held_out",
     "khats",
+    "layers",
     "loo",
     "mean_variances",
     "resample",
