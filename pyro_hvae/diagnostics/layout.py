@@ -34,7 +34,7 @@ class Placed:
     event_shape: tuple[int, ...]
     event_names: tuple[str, ...]
     in_guide: bool = False
-    integer: bool = False
+    integer: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class Layout:
         if site.role == "deterministic":
             return self._computed(site, value, num_particles)
         value = self._put(site, value, num_particles, site.event_shape)
-        return value.round().to(torch.int32) if site.integer and value.is_floating_point() else value
+        return value.to(site.integer) if site.integer is not None and value.is_floating_point() else value
 
     def density(self, name: str, value: Tensor, num_particles: int) -> Tensor:
         """A log-density of a site, of its batch shape, as ``(K, own plates)``."""
@@ -157,7 +157,9 @@ def layout_of(reading: Reading, model_trace: Trace, dims: Mapping[str, Sequence[
                 f"{list(names)} are given for them: plates come by their own names"
             )
         model_site = model_sites.get(name)
-        integer = model_site is not None and role in ("latent", "enumerated", "observed") and _integer(model_site["fn"])
+        integer = None
+        if model_site is not None and role in ("latent", "enumerated", "observed"):
+            integer = _integer(model_site["fn"])
         placed[name] = Placed(name, role, plates, event_shape, tuple(names), name in guide_sites, integer)
         size += (2 + (role == "latent")) * value.numel() * value.element_size()
     unknown = sorted(set(given) - set(placed))
@@ -177,13 +179,16 @@ def _computed_dims(plates: tuple[Plate, ...], event_dim: int, value: Tensor) -> 
     return kept, event_dim, value
 
 
-def _integer(fn: Any) -> bool:
-    """Whether the values are whole numbers: torch keeps counts as floats, and ArviZ tells them by their type."""
+def _integer(fn: Any) -> torch.dtype | None:
+    """The type of whole numbers, which torch keeps as floats, while ArviZ tells counts by their type."""
     support = fn.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    kinds = ("_Boolean", "_IntegerInterval", "_IntegerLessThan", "_IntegerGreaterThan", "_OneHot", "_Multinomial")
-    return type(support).__name__ in kinds
+    kind = type(support).__name__
+    if kind in ("_Boolean", "_OneHot"):
+        return torch.int8
+    counts = ("_IntegerInterval", "_IntegerLessThan", "_IntegerGreaterThan", "_Multinomial")
+    return torch.int32 if kind in counts else None
 
 
 def _check_names(placed: Mapping[str, Placed]) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,6 +82,8 @@ class _File:
 class NetCDF(_File):
     """A netCDF file with ``draw`` as its unlimited dim."""
 
+    file: Any = None
+
     def begin(self, tree: xr.DataTree) -> None:
         import xarray as xr
 
@@ -99,24 +101,37 @@ class NetCDF(_File):
                 unlimited_dims=["draw"] if grows else None,
             )
 
+        self.file: Any = None
+
     def extend(self, start: int, chunk: Groups) -> None:
         import h5netcdf
 
-        with h5netcdf.File(self.partial, "a") as file:
-            for name, values in chunk.items():
-                group = file[name]
-                stop = start + next(iter(values.values())).shape[1]
-                group.resize_dimension("draw", stop)
-                group["draw"][start:stop] = np.arange(start, stop)
-                for key, value in values.items():
-                    stored = group[key]
-                    stored[:, start:stop] = value.astype(stored.dtype, copy=False)
+        if self.file is None:  # kept open: a file of many groups takes longer to open than to extend
+            self.file = h5netcdf.File(self.partial, "a")
+        for name, values in chunk.items():
+            group = self.file[name]
+            stop = start + next(iter(values.values())).shape[1]
+            group.resize_dimension("draw", stop)
+            group["draw"][start:stop] = np.arange(start, stop)
+            for key, value in values.items():
+                stored = group[key]
+                stored[:, start:stop] = value.astype(stored.dtype, copy=False)
 
     def finish(self) -> xr.DataTree:
         import xarray as xr
 
+        self.close()
         os.replace(self.partial, self.path)
         return xr.open_datatree(self.path, engine="h5netcdf")
+
+    def discard(self) -> None:
+        self.close()
+        super().discard()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
 
 class Zarr(_File):

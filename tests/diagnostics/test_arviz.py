@@ -226,6 +226,6 @@ def test_the_numbers_are_those_of_the_draws(trees):
 
 
 def test_counts_are_integers(trees):
-    for tree in (trees.counts, trees.coins):
+    for tree, kind in ((trees.counts, np.int32), (trees.coins, np.int8)):
         for group in ("observed_data", "posterior_predictive", "prior_predictive"):
-            assert tree[group]["x"].dtype == np.int32
+            assert tree[group]["x"].dtype == kind
