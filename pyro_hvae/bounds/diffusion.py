@@ -114,6 +114,42 @@ class DiffusionELBO(Bound):
         with torch.no_grad():
             return self._visit(model, guide, args, kwargs)[0]
 
+    def per_layer(
+        self, model: Program, guide: Program, x: Tensor, *, num_layers: int = 50, context: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """The denoising-matching term of single layers, spread evenly over the chain.
+
+        Args:
+            x: data (N, *event_shape).
+            num_layers: how many layers are looked at, at most those there are.
+
+        Returns:
+            Times t of the layers' upper ends, (L,), and their terms, (L, N): nats, or in continuous time nats per unit
+            of t.
+        """
+        _check_capable(model, guide)
+        found: list[Tensor] = []
+        total = getattr(guide, "num_layers", None)
+        if total == 1:
+            raise ValueError("a diffusion of one layer has no denoising-matching term")
+        count = num_layers if total is None else min(num_layers, total - 1)
+        upper = torch.linspace(1.0 / (total - 1) if total else 0.0, 1.0, count).to(x)
+        if total is not None:
+            upper = (upper * (total - 1)).round() / (total - 1)
+
+        def inside_guide(q: Any) -> None:
+            def inside_model(p: Any) -> None:
+                for t in upper:
+                    times = t.expand(x.shape[0])
+                    lower = None if total is None else times - 1.0 / (total - 1)
+                    found.append(_layer(p, q, lower, times, x, context))
+
+            model(visit=inside_model)
+
+        with torch.no_grad():
+            guide(x, visit=inside_guide)
+        return upper, torch.stack(found)
+
     def _visit(
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], _Visited, float]:

@@ -7,6 +7,7 @@ from pyro_hvae.diagnostics.information import layers
 from pyro_hvae.diagnostics.khat import KHats, khats
 from pyro_hvae.diagnostics.layers import active_units, mean_variances
 from pyro_hvae.diagnostics.loo import compare, held_out, loo
+from pyro_hvae.diagnostics.predictive import pit, predictive_check
 from pyro_hvae.diagnostics.weights import resample, smoothed_weights
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "layers",
     "loo",
     "mean_variances",
+    "pit",
+    "predictive_check",
     "resample",
     "smoothed_weights",
     "to_datatree",

@@ -77,7 +77,9 @@ def layers(
     """
     import xarray as xr
 
-    variances = mean_variances(model, guide, *args, num_draws=max(num_draws, _PARENTS), **kwargs)
+    if num_draws < 2:
+        raise ValueError(f"num_draws must be at least 2, got {num_draws}")
+    variances = mean_variances(model, guide, *args, num_draws=_PARENTS, **kwargs)
     terms = LayerwiseELBO(num_draws).terms(model, guide, *args, **kwargs)
     with torch.no_grad():
         reading = read(model, guide, args, kwargs, num_particles=num_draws)

@@ -160,3 +160,15 @@ def test_the_bound_of_missing_entries_leaves_their_likelihood_out():
     whole, error = mean_and_error(ph.TraceELBO().per_datum(model, guide, x, mask=mask))
     few, few_error = mean_and_error(DiffusionELBO().per_datum(model, guide, x, mask=mask))
     assert abs(whole - few) < 4 * (error**2 + few_error**2).sqrt()
+
+
+@pytest.mark.parametrize("num_layers", [12, None])
+def test_single_layers_add_up(num_layers):
+    model, guide = vdm(Linear(), event_shape=2, num_layers=num_layers, schedule=LinearSchedule(-5.0, 3.0))
+    x = torch.tensor([0.4, -1.1]).expand(4000, 2)
+    times, terms = DiffusionELBO().per_layer(model, guide, x, num_layers=101)
+    whole = DiffusionELBO(4).terms(model, guide, x)["denoising_matching"]
+    total = terms.sum(0) if num_layers else torch.trapezoid(terms, times, dim=0)
+    assert times.shape == ((11,) if num_layers else (101,))
+    error = ((whole.var() + total.var()) / 4000).sqrt()
+    assert abs(total.mean() - whole.mean()) < 4 * error + (0 if num_layers else 2e-3 * total.mean())
