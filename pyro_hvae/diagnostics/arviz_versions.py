@@ -8,6 +8,7 @@ package imports ``arviz_base``, ``arviz_stats`` and ``arviz_plots``, which are t
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,15 +39,16 @@ def to_inferencedata(tree: Any) -> Any:
         >>> to_inferencedata(tree).posterior["z"].shape  # doctest: +SKIP
         (1, 5)
     """
-    try:
-        from arviz import InferenceData
-    except ImportError as error:
+    import arviz
+
+    legacy = vars(arviz).get("InferenceData")  # asking 1.x for the attribute makes it warn
+    if legacy is None:
         raise ImportError(
             f"arviz {_version('arviz')} has no InferenceData: since 1.0 its functions take the DataTree as it is. Give "
             "them the tree"
-        ) from error
+        )
     groups = {name: group.to_dataset().load() for name, group in tree.children.items()}
-    return InferenceData(attrs=dict(tree.attrs), **groups)
+    return legacy(attrs=dict(tree.attrs), **groups)
 
 
 def dataset(
@@ -78,7 +80,7 @@ def elpd_data(
     *,
     dims: Sequence[str],
     coords: Mapping[str, Any],
-    effective: float,
+    effective_i: np.ndarray,
     num_draws: int,
     good: float,
     log_weights: np.ndarray | None = None,
@@ -90,10 +92,11 @@ def elpd_data(
     from arviz_stats import utils
 
     pointwise = xr.DataArray(elpd_i, dims=list(dims), coords=dict(coords), name="elpd_i")
+    total, error, effective, _ = pointwise.azstats.loo_summary(pointwise.copy(data=effective_i))
     values: dict[str, Any] = {
-        "elpd": float(elpd_i.sum()),
-        "se": float(np.sqrt(elpd_i.size * elpd_i.var())),
-        "p": effective,
+        "elpd": float(total),
+        "se": float(error),
+        "p": float(effective),
         "n_samples": num_draws,
         "n_data_points": int(elpd_i.size),
         "scale": "log",
@@ -124,12 +127,13 @@ def library_versions() -> dict[str, str]:
 
 
 def ranked(results: Mapping[str, Any], method: str) -> Any:
-    """``arviz_stats.compare``, of which 0.8 sorts in a way that pandas 3.1 warns of."""
+    """``arviz_stats.compare`` without the rounding of 1.x, and without what pandas 3.1 says of how 0.8 sorts."""
     import arviz_stats
 
+    exact = {"round_to": "none"} if "round_to" in inspect.signature(arviz_stats.compare).parameters else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The inplace keyword")
-        return arviz_stats.compare(dict(results), method=method)
+        return arviz_stats.compare(dict(results), method=method, **exact)
 
 
 def _version(package: str) -> str:

@@ -127,7 +127,7 @@ def loo(tree: Any, var_name: str | None = None) -> Any:
         khat.numpy(),
         dims=data,
         coords=coords,
-        effective=float((lppd - elpd_i).sum()),
+        effective_i=(lppd - elpd_i).numpy(),
         num_draws=len(flat),
         good=good_khat(len(flat)),
         log_weights=smoothed.reshape(values.shape).numpy(),
@@ -233,7 +233,7 @@ def held_out(
         found.khat.cpu().numpy(),
         dims=[plate.name for plate in plates],
         coords={plate.name: np.arange(plate.size) for plate in plates},
-        effective=float("nan"),
+        effective_i=np.full(tuple(found.value.shape), np.nan),
         num_draws=num_draws,
         good=good_khat(num_draws),
     )
