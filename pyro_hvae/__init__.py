@@ -23,9 +23,10 @@ from pyro_hvae.bounds import (
 )
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.coding import decode, encode, impute, reconstruct
-from pyro_hvae.diagnostics import to_datatree
+from pyro_hvae.diagnostics import diagnose, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
+from pyro_hvae.factorized import compare, forward_kl, reverse_kl, total_correlation
 from pyro_hvae.kernels import (
     Bernoulli,
     Categorical,
@@ -75,19 +76,24 @@ __all__ = [
     "WakePhase",
     "WithoutContext",
     "__version__",
+    "compare",
     "decode",
+    "diagnose",
     "encode",
     "evidence_sandwich",
     "explain",
     "fit",
     "fit_restarts",
+    "forward_kl",
     "hvae",
     "impute",
     "ladder_vae",
     "load",
     "log_evidence",
     "reconstruct",
+    "reverse_kl",
     "to_datatree",
+    "total_correlation",
     "vae",
     "vdm",
 ]

@@ -17,8 +17,8 @@ from torch import Tensor
 from pyro_hvae.bounds import LayerwiseELBO
 from pyro_hvae.bounds.base import Objective
 from pyro_hvae.cli.specs import Redrawn, absolute, load_data, make_pair, thresholded
+from pyro_hvae.diagnostics import diagnose as examine
 from pyro_hvae.diagnostics import to_datatree
-from pyro_hvae.diagnostics.layers import active_units
 from pyro_hvae.traces import log_weights
 from pyro_hvae.traces.structure import sample_sites
 from pyro_hvae.training import fit as train
@@ -229,7 +229,7 @@ def diagnose(
     ema: bool = False,
     seed: int = 0,
 ) -> None:
-    """Report what to trust of the posterior; writes its draws to posterior.nc.
+    """Report what to trust of the posterior; writes its draws to posterior.nc and the report to report.json.
 
     Args:
         run_dir: a run directory that fit wrote.
@@ -249,11 +249,9 @@ def diagnose(
     path = Path(run_dir) / "posterior.nc"
     tree.to_netcdf(path, engine="h5netcdf")
     print(f"{which_data}: {num_draws} draws in {path}")
-    try:
-        for site, count in active_units(model, guide, *args, **kwargs).items():
-            print(f"active units of {site}: {count}" + ("" if count else " (collapsed onto its prior)"))
-    except ValueError as error:
-        print(f"active units: {error}")
+    report = examine(model, guide, *args, num_draws=max(num_draws, 100), **kwargs)
+    (Path(run_dir) / "report.json").write_text(report.to_json())
+    print(report)
 
 
 def _parts(data: str, held_out: str | None, binarize: float | str | None) -> tuple[Any, Any]:

@@ -3,20 +3,26 @@
 from pyro_hvae.diagnostics.arviz_versions import to_inferencedata
 from pyro_hvae.diagnostics.calibration import Calibration, calibrate
 from pyro_hvae.diagnostics.datatree import GROUPS, to_datatree
+from pyro_hvae.diagnostics.findings import diagnose
 from pyro_hvae.diagnostics.information import layers
 from pyro_hvae.diagnostics.khat import KHats, khats
 from pyro_hvae.diagnostics.layers import active_units, mean_variances
 from pyro_hvae.diagnostics.loo import compare, held_out, loo
 from pyro_hvae.diagnostics.predictive import pit, predictive_check
+from pyro_hvae.diagnostics.report import LEVELS, Finding, Report
 from pyro_hvae.diagnostics.weights import resample, smoothed_weights
 
 __all__ = [
     "GROUPS",
+    "LEVELS",
     "Calibration",
+    "Finding",
     "KHats",
+    "Report",
     "active_units",
     "calibrate",
     "compare",
+    "diagnose",
     "held_out",
     "khats",
     "layers",

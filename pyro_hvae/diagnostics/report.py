@@ -1,0 +1,109 @@
+"""Findings about a guide, the worst first, each with what it means and what to try."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["LEVELS", "Finding", "Report"]
+
+LEVELS = ("wrong", "doubtful", "note", "good")
+"""How bad a finding is, the worst first."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        level: of :data:`LEVELS`.
+        what: what was found, with its number.
+        meaning: what it says about the posterior.
+        advice: what to try, if anything.
+        source: where the threshold comes from.
+    """
+
+    level: str
+    what: str
+    meaning: str
+    advice: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`pyro_hvae.diagnose` found.  Printed as text, shown as a table in notebooks, kept as JSON.
+
+    Attributes:
+        findings: the worst first.
+        numbers: by name, what the findings were read from: ``khat`` and ``layers`` (``xarray.Dataset``), ``elbo``,
+            ``ess``, ``calibration``, ``evidence``, ``rhat``, as far as they apply.
+    """
+
+    findings: tuple[Finding, ...]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str:
+        """The worst level."""
+        return self.findings[0].level if self.findings else "good"
+
+    def to_json(self) -> str:
+        """Findings and numbers as JSON text; not-a-number as null.
+
+        Example:
+            >>> json.loads(Report((Finding("note", "K = 3", "few"),)).to_json())["findings"][0]["level"]
+            'note'
+        """
+        return json.dumps(
+            {"findings": [asdict(f) for f in self.findings], "numbers": _plain(dict(self.numbers))}, indent=1
+        )
+
+    def __str__(self) -> str:
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{finding.level.upper():<9}{finding.what}")
+            lines.append(f"{'':<9}{finding.meaning}")
+            if finding.advice:
+                lines.append(f"{'':<9}-> {finding.advice}")
+            if finding.source:
+                lines.append(f"{'':<9}({finding.source})")
+        table = self.table()
+        if table is not None:
+            lines += ["", "layers", table.to_string()]
+        return "\n".join(lines)
+
+    def table(self) -> Any:
+        """A row a layer, ``pandas.DataFrame``; None where no latent is local to a datum."""
+        found = self.numbers.get("layers")
+        return None if found is None else found.to_dataframe().round(3)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for finding in self.findings:
+            cells = [f"<b>{finding.level}</b>", html.escape(finding.what), html.escape(finding.meaning)]
+            advice = html.escape(finding.advice)
+            source = f"<br><small>{html.escape(finding.source)}</small>" if finding.source else ""
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, advice + source]) + "</tr>")
+        head = "<tr><th></th><th>found</th><th>meaning</th><th>try</th></tr>"
+        table = self.table()
+        below = "" if table is None else table.to_html()
+        return f"<table>{head}{''.join(rows)}</table>{below}"
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict") and hasattr(value, "data_vars"):
+        return {name: _plain(array.values.tolist()) for name, array in {**value.coords, **value.data_vars}.items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return value if isinstance(value, (int, str, bool, type(None))) else str(value)
