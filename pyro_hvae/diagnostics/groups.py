@@ -198,10 +198,12 @@ def _unconstrained(reading: Reading, layout: Layout) -> dict[str, np.ndarray]:
         support = reading.model_trace.nodes[name]["fn"].support
         if support.is_discrete:
             continue
-        value = biject_to(support).inv(reading.values[name])
-        site, count = layout.sites[name], reading.num_particles
-        kept = value.shape[value.dim() - len(site.event_shape) :]
-        found[name] = _array(layout._put(site, value, count, tuple(kept)))
+        bijection = biject_to(support)
+        value = bijection.inv(reading.values[name])
+        site = layout.sites[name]
+        rank = len(site.event_shape) + bijection.domain.event_dim - bijection.codomain.event_dim
+        event = tuple(value.shape[value.dim() - rank :])
+        found[name] = _array(layout.put(site, value, reading.num_particles, event))
     return found
 
 
@@ -248,7 +250,7 @@ def constant_data(
 
     A leading dim that has the size of exactly one plate gets its name.
     """
-    observed = [reading.model_trace.nodes[name]["value"] for name in layout.role("observed")]
+    observed = {name: reading.model_trace.nodes[name]["value"] for name in layout.role("observed")}
     sizes: dict[int, set[str]] = {}
     for site in layout.sites.values():
         for plate in site.plates:
@@ -258,7 +260,7 @@ def constant_data(
         if not isinstance(value, (Tensor, np.ndarray)):
             continue
         array = _array(value) if isinstance(value, Tensor) else value
-        if array.dtype.kind not in "biufc" or any(_same(value, other) for other in observed):
+        if array.dtype.kind not in "biufc" or name in observed or any(_same(value, o) for o in observed.values()):
             continue
         label = name if name not in layout.sites else f"{name}_argument"
         names = [f"{label}_dim_{i}" for i in range(array.ndim)]

@@ -22,7 +22,7 @@ shows in its own k-hat and in those before it in the guide's order; blame the la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pyro_hvae.psis import good_khat, pareto_khat
 from pyro_hvae.traces import Plate, Structure, read, structure
+from pyro_hvae.traces.running import bind_context
 
 __all__ = ["KHats", "khats"]
 
@@ -101,6 +102,7 @@ def khats(
     guide: Callable[..., Any],
     *args: Any,
     num_draws: int = 1000,
+    layers: Sequence[str] | None = None,
     chunk_size: int | None = None,
     **kwargs: Any,
 ) -> KHats:
@@ -109,6 +111,7 @@ def khats(
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``.
         num_draws: S >= 20 for each number; a fit from fewer than some hundreds says little.
+        layers: sites whose own k-hat is wanted, each of which costs a run of the pair; all by default.
         chunk_size: how many draws run at once; by default so many that draws times data stay below 20,000.
 
     Returns:
@@ -116,8 +119,8 @@ def khats(
         common to all observed sites, the global latents held at one draw.
 
     Raises:
-        ValueError: for fewer than 20 draws, programs that do not fit each other, a guide that draws nothing, or weights
-            that are NaN.
+        ValueError: for fewer than 20 draws, layers that the guide does not draw, programs that do not fit each other, a
+            guide that draws nothing, or weights that are NaN.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -147,14 +150,14 @@ def khats(
 
     everything = weights(frozenset(), found.common)
     joint = pareto_khat(everything.flatten(1).sum(1) if everything.dim() > 1 else everything)
-    layers = [name for name in found.guide_order if name in found.drawn and not _point(found, name)]
+    drawn = [name for name in found.guide_order if name in found.drawn and not _point(found, name)]
     local = _local(found, data)
     outside = frozenset(found.drawn) - _inside(found, data) if local else frozenset()
     per_datum: Tensor | None = None
     if local:
         per_datum = pareto_khat(weights(outside, data) if outside else everything)
     per_layer: dict[str, Tensor] = {}
-    for name in layers:
+    for name in _chosen(found, drawn, layers):
         before = frozenset(found.guide_order[: found.guide_order.index(name)])
         if name in local:
             assert per_datum is not None
@@ -167,7 +170,7 @@ def khats(
         per_datum=per_datum,
         per_layer=per_layer,
         plates=tuple(plate.name for plate in data) if local else (),
-        given=tuple(_label(found, name) for name in layers if name in outside),
+        given=tuple(_label(found, name) for name in drawn if name in outside),
         num_draws=num_draws,
         good=good_khat(num_draws),
     )
@@ -187,6 +190,7 @@ def _weights(
     parts = []
     with torch.no_grad():
         if once:
+            (model, guide), kwargs = bind_context((model, guide), kwargs)
             drawn, held = read(model, guide, args, kwargs).guide_trace, Trace()
             for name in once:
                 held.add_node(name, **drawn.nodes[name])
@@ -197,6 +201,15 @@ def _weights(
             weights = reading.over(plates).log_weights
             parts.append(weights.expand(count, *weights.shape[1:]))
     return torch.cat(parts)
+
+
+def _chosen(found: Structure, drawn: list[str], layers: Sequence[str] | None) -> list[str]:
+    """Layers by the names that a reader knows."""
+    named = {_label(found, name): name for name in drawn}
+    unknown = sorted(set(layers or ()) - set(named))
+    if unknown:
+        raise ValueError(f"layers names {unknown}, which the guide does not draw; it draws {list(named)}")
+    return [site for name, site in named.items() if layers is None or name in layers]
 
 
 def _data_plates(found: Structure) -> tuple[Plate, ...]:

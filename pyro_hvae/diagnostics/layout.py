@@ -67,18 +67,19 @@ class Layout:
         site = self.sites[name]
         if site.role == "deterministic":
             return self._computed(site, value, num_particles)
-        value = self._put(site, value, num_particles, site.event_shape)
+        value = self.put(site, value, num_particles, site.event_shape)
         return value.to(site.integer) if site.integer is not None and value.is_floating_point() else value
 
     def density(self, name: str, value: Tensor, num_particles: int) -> Tensor:
         """A log-density of a site, of its batch shape, as ``(K, own plates)``."""
-        return self._put(self.sites[name], value, num_particles, ())
+        return self.put(self.sites[name], value, num_particles, ())
 
     def datum(self, value: Tensor) -> Tensor:
         """What a :class:`Reading` reduced to the common plates, as ``(K, plates)``."""
         return value.reshape(value.shape[0], *(plate.size for plate in self.common))
 
-    def _put(self, site: Placed, value: Tensor, num_particles: int, event: tuple[int, ...]) -> Tensor:
+    def put(self, site: Placed, value: Tensor, num_particles: int, event: tuple[int, ...]) -> Tensor:
+        """A value in a site's plates, with an event of its own, as ``(K, own plates, event)``."""
         nesting, events = self.max_plate_nesting, len(event)
         if num_particles == 1 and value.dim() <= nesting + events:
             value = value.reshape((1,) * (nesting + events + 1 - value.dim()) + value.shape)

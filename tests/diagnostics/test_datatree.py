@@ -9,7 +9,10 @@ import xarray as xr
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
+from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.diagnostics import GROUPS, to_datatree, to_inferencedata
+from pyro_hvae.kernels import Gaussian, StandardNormal, WithoutContext
+from pyro_hvae.nn import MLP
 from tests.linear_gaussian import linear_gaussian
 from tests.programs import PAIRS, build
 
@@ -148,6 +151,26 @@ def test_auto_guides_deterministic_sites_factors_and_covariates(auto):
         loc, sd = guide.locs.scale.detach(), guide.scales.scale.detach()
         expected = dist.LogNormal(loc, sd).log_prob(torch.as_tensor(posterior["scale"].values))
         np.testing.assert_allclose(stats["log_q_scale"], expected)
+
+
+def test_correlations_context_and_masks():
+    def correlated(x):
+        factor = pyro.sample("factor", dist.LKJCholesky(3, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), scale_tril=factor), obs=x)
+
+    guide, x = AutoNormal(correlated), torch.randn(4, 3)
+    tree = to_datatree(correlated, guide, x, num_draws=5)
+    assert tree["posterior"]["factor"].shape == (1, 5, 3, 3)
+    assert tree["unconstrained_posterior"]["factor"].shape == (1, 5, 3)
+
+    model = TopDown(z=WithoutContext(StandardNormal(1)), x=Gaussian(MLP(2, 4)))
+    context, mask = torch.randn(4, 1), torch.tensor([[True, False], [True, True], [False, False], [True, True]])
+    tree = to_datatree(model, BottomUp(z=Gaussian(MLP(3, 2))), x[:, :2], context=context, mask=mask, num_draws=5)
+    assert set(tree["constant_data"].data_vars) == {"context", "mask"}
+    assert tree["constant_data"]["context"].dims == ("data", "context_dim_1")
+    assert (tree["log_likelihood"]["x"].sel(data=2) == 0).all()
+    assert (tree["log_likelihood"]["x"].sel(data=0) != 0).all()
 
 
 def test_summed_out_sites_are_marginal_in_the_likelihood_and_drawn_in_predictions():

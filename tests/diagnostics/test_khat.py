@@ -7,9 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 
+from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.diagnostics import khats
+from pyro_hvae.kernels import Gaussian, StandardNormal, WithoutContext
+from pyro_hvae.nn import MLP
 from pyro_hvae.psis import good_khat
 from tests.diagnostics.schools import SCHOOLS, eight_schools
 from tests.linear_gaussian import linear_gaussian
@@ -141,6 +144,37 @@ def test_eight_schools():
     assert bad.median() > 0.7
     assert good.median() < 0.7
     assert good.mean() < bad.mean() - 0.15
+
+
+def test_context_reaches_both_programs_and_layers_can_be_chosen():
+    model = TopDown(z2=WithoutContext(StandardNormal(1)), z1=Gaussian(MLP(2, 2)), x=Gaussian(MLP(2, 2)))
+    guide = BottomUp(z1=Gaussian(MLP(2, 2)), z2=Gaussian(MLP(2, 2)))
+    x, context = torch.randn(3, 1), torch.randn(3, 1)
+    found = khats(model, guide, x, context=context, num_draws=40, chunk_size=15, layers=["z2"])
+    assert list(found.per_layer) == ["z2"]
+    assert found.per_layer["z2"].isfinite().all()
+    with pytest.raises(ValueError, match=r"layers names \['z9'\].*it draws \['z1', 'z2'\]"):
+        khats(model, guide, x, context=context, layers=["z9"])
+
+
+def test_a_guide_that_is_a_handler_keeps_what_is_held():
+    """The layers before are at one draw in AutoNormalMessenger too: given g, equal weights of an exact z."""
+
+    def model(x):
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(g, 1.0), obs=x)
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.randn(4)
+    guide = AutoNormalMessenger(model, init_scale=1.0)
+    guide(x)
+    with torch.no_grad():
+        for value in guide.locs.z, guide.locs.g:
+            value.fill_(0.0)
+    found = khats(model, guide, x, num_draws=60, chunk_size=25)
+    assert (found.per_layer["z"] == -torch.inf).all()
+    assert found.joint.isfinite()
 
 
 @pytest.mark.parametrize(
