@@ -1,11 +1,11 @@
 """A variational auto-encoder on handwritten digits: training curves, reconstructions and what a digit costs.
 
-    python examples/vae.py [--short]
+    python examples/vae.py [--short] [--out DIR]
 
-Writes runs/vae.png.
+Writes vae.png.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +15,10 @@ import pyro_hvae as ph
 from pyro_hvae.data import binarize, digits
 from pyro_hvae.nn import MLP, logit_of_mean
 
-SHORT = "--short" in sys.argv
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--short", action="store_true", help="a few steps only")
+parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
+options = parser.parse_args()
 torch.manual_seed(0)
 
 data = digits()
@@ -32,7 +35,7 @@ result = ph.fit(
     guide,
     data.train,
     bound=ph.LayerwiseELBO(),
-    epochs=2 if SHORT else 60,
+    epochs=2 if options.short else 60,
     transform=binarize,
     validation=held_out,
     seed=0,
@@ -42,7 +45,7 @@ result = ph.fit(
 
 print("epoch   held-out nats an image")
 for record in result.history:
-    if "validation_loss" in record and (SHORT or record["epoch"] % 10 == 0):
+    if "validation_loss" in record and (options.short or record["epoch"] % 10 == 0):
         print(f"{record['epoch']:5d}   {record['validation_loss']:8.2f}")
 
 terms = ph.LayerwiseELBO(num_particles=20).terms(model, guide, held_out)
@@ -59,9 +62,9 @@ drawn = ph.decode(model, {}, size=10).mean
 figure, axes = plt.subplots(3, 10, figsize=(7, 2.4), layout="constrained")
 for row, (title, images) in enumerate({"data": examples, "decoded": means, "dreamt": drawn}.items()):
     for axis, image in zip(axes[row], images):
-        axis.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
+        axis.imshow(image.detach().reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
     axes[row, 0].set_ylabel(title)
 figure.suptitle("left: the cheapest held-out images, right: the dearest", fontsize=9)
-Path("runs").mkdir(exist_ok=True)
-figure.savefig("runs/vae.png", dpi=150)
+options.out.mkdir(parents=True, exist_ok=True)
+figure.savefig(options.out / "vae.png", dpi=150)

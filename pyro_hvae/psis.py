@@ -57,7 +57,9 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     rest = ~exact.cpu().numpy().reshape(-1)
     if rest.any():
         for row in np.flatnonzero(rest):
-            if not _constant_tail(flat[row]):
+            if _tail_size(flat[row]) < 5:  # a shape can't be fitted to so few
+                khat[row] = np.inf
+            elif not _constant_tail(flat[row]):
                 smoothed[row], khat[row] = array_stats.psislw(-flat[row])
         smoothed -= _logsumexp(smoothed)
     normalised = torch.as_tensor(smoothed).to(log_weights).reshape(weights.shape)
@@ -104,10 +106,14 @@ def _check(weights: Tensor) -> None:
         raise ValueError(f"{int(empty.sum())} column(s) have no draw with a positive weight: every log-weight is -inf")
 
 
+def _tail_size(row: np.ndarray) -> int:
+    """How many of the largest weights the fit looks at (Vehtari et al., 2024)."""
+    return int(np.ceil(min(len(row) / 5, 3 * np.sqrt(len(row)))))
+
+
 def _constant_tail(row: np.ndarray) -> bool:
     """Whether the draws that the fit would take for the tail all have the same weight."""
-    size = int(np.ceil(min(len(row) / 5, 3 * np.sqrt(len(row)))))
-    tail = np.sort(row)[-size:]
+    tail = np.sort(row)[-_tail_size(row) :]
     return bool(tail[-1] - tail[0] < EXACT_SPREAD)
 
 

@@ -68,3 +68,12 @@ def test_the_threshold_falls_with_few_draws():
     assert good_khat(100) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="at least 2 draws, got 1"):
         good_khat(1)
+
+
+@pytest.mark.parametrize("draws", [5, 20])
+def test_too_few_draws_to_tell_are_not_smoothed(draws):
+    log_weights = torch.randn(draws, 3)
+    smoothed, khat = psis(log_weights)
+    assert (khat == torch.inf).all()
+    torch.testing.assert_close(smoothed, log_weights.log_softmax(0))
+    assert psis(torch.randn(21, 3))[1].isfinite().all()
