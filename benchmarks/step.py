@@ -11,7 +11,7 @@ Binary images of 784 pixels, batch 100, hidden layers 200-200 (tanh); latents 50
 - ``hand``: the same mathematics written out in torch, with one fused Adam;
 - ``compiled``: ``compile_step`` of the module; ``fused``: with noise drawn inside of the kernels;
 - ``many``: as ``fused``, ``--scanned`` steps a call;
-- ``fit``: ``fit(..., compile=True)`` with its batches, bar, records and checks, a step;
+- ``fit``: ``fit(..., compile=True)``, a step with its batch and bar (records and checks: ``feeding.py``);
 - ``numpyro``, ``scan``: ``svi.update`` jitted, and ``--scanned`` of them in one ``lax.scan`` (if NumPyro is there).
 
 ``--clock cpu`` measures the processor time of one thread instead, which other users of the machine disturb less.
@@ -150,8 +150,6 @@ def candidates(
     if want("many"):
         step, seconds = compiled("many", noise="fused", steps=scanned)
         yield "many", step, scanned, seconds
-    if want("fit"):
-        yield "fit", fitted(bound(), layers, x), 1, 0.0
     if want("numpyro") or want("scan"):
         try:
             from numpyro_steps import numpyro_steps
@@ -163,34 +161,29 @@ def candidates(
                 yield name, step, scanned if name == "scan" else 1, 0.0
 
 
-def fitted(bound: object, layers: int, x: Tensor) -> Step:
-    """``fit`` held between two steps: a call lets it make one more, with all that belongs to it."""
-    import threading
+class Driver:
+    """A callback of ``fit`` that lets the other candidates take their turns between two of its steps."""
 
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
+    def __init__(self, turns: Callable[[], None], rounds: int, clock: Callable[[], float]) -> None:
+        self.turns, self.rounds, self.clock = turns, rounds, clock
+        self.times: list[float] = []
+        self.left = 0.0
 
-    class Turns:
-        def on_step(self, run: object, loss: Tensor) -> None:
-            done.release()
-            go.acquire()
+    def on_step(self, run: ph.training.Run, loss: Tensor) -> None:
+        if run.step > 20:
+            self.times.append(1e3 * (self.clock() - self.left))
+            self.turns()
+        if len(self.times) == self.rounds:
+            run.stop("measured")
+        self.left = self.clock()
 
-    def work() -> None:
-        model, guide = pair(layers, "fit")
-        with tempfile.TemporaryDirectory() as run_dir:
-            data = x.repeat(60, 1)
-            ph.fit(
-                model, guide, data, bound=bound, steps=10**9, batch_size=len(x), compile=True, run_dir=run_dir,
-                callbacks=[Turns()],
-            )  # fmt: skip
 
-    threading.Thread(target=work, daemon=True).start()
-    done.acquire()
-
-    def step() -> None:
-        go.release()
-        done.acquire()
-
-    return step
+def drive(bound: object, layers: int, x: Tensor, driver: Driver) -> None:
+    with tempfile.TemporaryDirectory() as run_dir:
+        ph.fit(
+            *pair(layers, "fit"), x.repeat(60, 1), bound=bound, steps=driver.rounds + 100, batch_size=len(x),
+            compile=True, run_dir=run_dir, callbacks=[driver],
+        )  # fmt: skip
 
 
 def measure(options: argparse.Namespace) -> Iterator[tuple[str, str, float, float]]:
@@ -205,11 +198,21 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, str, float, floa
         for _, step, count, _ in made:
             for _ in range(max(3, 20 // count)):
                 step()
-        for _ in range(options.rounds):
+
+        def turns(made: list = made, times: dict[str, list[float]] = times) -> None:
             for name, step, count, _ in made:
                 start = clock()
                 step()
                 times[name].append(1e3 * (clock() - start) / count)
+
+        if wanted is None or "fit" in wanted:
+            driver = Driver(turns, options.rounds, clock)
+            drive(ph.TraceELBO() if particles == 1 else ph.IWELBO(particles), layers, x, driver)
+            made.append(("fit", lambda: None, 1, 0.0))
+            times["fit"] = driver.times
+        else:
+            for _ in range(options.rounds):
+                turns()
         for name, _, _, seconds in made:
             yield case, name, statistics.median(times[name]), seconds
 

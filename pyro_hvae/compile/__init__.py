@@ -10,7 +10,8 @@ appended, and the whole is compiled,
 """
 
 from pyro_hvae.compile.graph import FlatGraph, NotTraceable, trace
-from pyro_hvae.compile.step import CompiledStep, CompileMismatchError, CompileWarning, compile_step
+from pyro_hvae.compile.program import CompileMismatchError
+from pyro_hvae.compile.step import CompiledStep, CompileWarning, compile_step
 
 __all__ = [
     "CompileMismatchError",

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, nn
 
-from pyro_hvae.compile.graph import FlatGraph, NotTraceable, batch_key, kept_buffers, plain_programs, split_batch, trace
-from pyro_hvae.compile.update import AdamState, adam_update, clip, supports
+from pyro_hvae.compile.graph import NotTraceable, batch_key, kept_buffers, plain_programs, split_batch, trace
+from pyro_hvae.compile.program import Program, same
+from pyro_hvae.compile.update import AdamState, supports
 
-__all__ = ["CompileMismatchError", "CompileWarning", "CompiledStep", "compile_step"]
+__all__ = ["CompileWarning", "CompiledStep", "compile_step"]
 
 
 class CompileWarning(UserWarning):
     """A program could not be compiled and runs eagerly instead."""
-
-
-class CompileMismatchError(RuntimeError):
-    """A compiled step does not give what the program gives under the same noise."""
 
 
 def compile_step(
@@ -142,7 +138,7 @@ class CompiledStep:
         if lost:
             raise ValueError(f"the optimizer does not hold {len(lost)} parameter(s) of the objective: {lost[:4]}")
         self._bound: Any = getattr(objective, "bound", getattr(objective, "elbo", None))
-        self._programs: dict[tuple, _Program] = {}
+        self._programs: dict[tuple, Program] = {}
         self._state: AdamState | None = None
 
     @property
@@ -182,7 +178,7 @@ class CompiledStep:
             losses.append(loss / len(batches) if len(batches) > 1 else loss)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> _Program | None:
+    def prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> Program | None:
         """Compile for batches like this one, if that is not done yet; None if the program can't be traced."""
         if self.fallback is not None:
             return None
@@ -206,7 +202,7 @@ class CompiledStep:
 
     # -- building
 
-    def _build(self, args: tuple, kwargs: Mapping[str, Any]) -> _Program:
+    def _build(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         one_args, one_kwargs = next(self._slices(args, kwargs))
         with _still(self._bound):
             flat = trace(self.objective, self.parameters, one_args, one_kwargs)
@@ -221,7 +217,7 @@ class CompiledStep:
                 state = self._state
         if state is None and self.steps > 1:
             raise ValueError("several steps a call need the same parameters to have a gradient in every batch")
-        program = _Program(flat, trained, state, self.clip_norm, self.backend, self.noise, self.steps)
+        program = Program(flat, trained, state, self.clip_norm, self.backend, self.noise, self.steps)
         if self.check:
             labels, noise = self._compare(program, one_args, one_kwargs)
             if self.backend == "inductor" and self.noise == "eager":
@@ -240,7 +236,7 @@ class CompiledStep:
         for index in range(self.steps):
             yield join([tensor[index] for tensor in tensors])
 
-    def _compare(self, program: _Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[str], Tensor]:
+    def _compare(self, program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[str], Tensor]:
         """Eager against flat graph under one noise; names of what was compared, and the noise."""
         inputs = split_batch(args, kwargs)[0]
         self._set_step()
@@ -254,7 +250,7 @@ class CompiledStep:
             found = program.flat(*inputs)
         names = {id(p): name for name, p in self.objective.named_parameters()}
         labels = ["the loss", *(f"the gradient of {names[id(p)]}" for p in program.trained)]
-        _same("the flat graph", labels, found, (loss.detach(), *gradients))
+        same("the flat graph", labels, found, (loss.detach(), *gradients))
         return labels, noise
 
     # -- around a step
@@ -277,128 +273,6 @@ class CompiledStep:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
         return loss
-
-
-class _Program:
-    """One graph: for one shape of a batch."""
-
-    def __init__(
-        self,
-        flat: FlatGraph,
-        trained: list[Tensor],
-        state: AdamState | None,
-        clip_norm: float | None,
-        backend: str,
-        noise: str,
-        steps: int,
-    ) -> None:
-        self.steps = steps
-        self.flat, self.trained, self.state = flat, trained, state
-        self.clip_norm, self.backend, self.noise = clip_norm, backend, noise
-        self._compiled: Callable[..., Any] | None = None
-        self._held: list[Tensor] = []
-        self._generation = -1
-        self._graph: fx.GraphModule | None = None
-
-    def run(self, inputs: Sequence[Tensor]) -> Any:
-        """The loss, after the update; or loss and gradients, if the optimiser is not in the graph."""
-        if self.state is not None and self.state.acquire() != self._generation:
-            self._hold()
-        if self._compiled is None:
-            self._compile(inputs)
-        if self.state is not None:
-            self.state.advance()
-        assert self._compiled is not None
-        with torch.no_grad():
-            return self._compiled(*self._held, *inputs)
-
-    def _hold(self) -> None:
-        assert self.state is not None
-        self._held = [tensor.detach() for tensor in self.flat.tensors] + self.state.tensors
-        self._generation = self.state.generation
-
-    def _compile(self, inputs: Sequence[Tensor]) -> None:
-        if self.state is None:
-            self._held = [tensor.detach() for tensor in self.flat.tensors]
-            self._graph = self.flat.module
-        else:
-            with torch.no_grad():
-                self._graph = make_fx(self._step, tracing_mode="fake")(*self._held, *inputs)
-        if self.backend == "eager":
-            self._compiled = self._graph
-            return
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside of torch
-            from torch._inductor import config
-            from torch._inductor.compile_fx import compile_fx
-
-            with config.patch(fallback_random=self.noise == "eager"):
-                compiled: Any = compile_fx(self._graph, [*self._held, *inputs])
-            self._compiled = compiled
-
-    def _step(self, *tensors: Tensor) -> Tensor:
-        """The whole step on flat tensors: held ones, moments, count, factors, inputs."""
-        assert self.state is not None
-        start, size = len(self.flat.tensors), len(self.trained)
-        held = list(tensors[:start])
-        first, second = tensors[start : start + size], tensors[start + size : start + 2 * size]
-        count, factors, *inputs = tensors[start + 2 * size :]
-        groups = self.state.optimizer.param_groups
-        place = {id(group): index for index, group in enumerate(groups)}
-        group_of = [place[id(group)] for group in self.state.groups]
-        parameters = [held[index] for index in self.flat.parameters]
-        now, m, v = list(parameters), list(first), list(second)
-        losses = []
-        for index in range(self.steps):
-            for where, value in zip(self.flat.parameters, now, strict=True):
-                held[where] = value
-            batch = [tensor[index] for tensor in inputs] if self.steps > 1 else inputs
-            loss, *gradients = fx.Interpreter(self.flat.module).run(*held, *batch)
-            losses.append(loss)
-            if self.clip_norm is not None:
-                gradients = clip(gradients, self.clip_norm)
-            now, m, v = adam_update(now, gradients, m, v, factors[index], groups, group_of)
-        for old, value in zip([*parameters, *first, *second], [*now, *m, *v], strict=True):
-            old.copy_(value)
-        count.add_(float(self.steps))
-        return torch.stack(losses) if self.steps > 1 else losses[0]
-
-    def verify(self, inputs: Sequence[Tensor], noise: Tensor, labels: list[str]) -> None:
-        """What was compiled against the graph it was compiled from, under one noise; the state is put back."""
-        if self.state is not None and self.state.acquire() != self._generation:
-            self._hold()
-        if self._compiled is None:
-            self._compile(inputs)
-        assert self._graph is not None
-        before = [tensor.clone() for tensor in self._held]
-        results = []
-        for call in (self._compiled, self._graph):
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.set_rng_state(noise)
-                out = call(*self._held, *inputs)  # type: ignore[misc]
-                out = out if isinstance(out, (tuple, list)) else [out]
-                # First moments tell of the gradients; parameters would magnify the round-off of vanishing ones.
-                size, start = len(self.trained), len(self.flat.tensors)
-                moments = self._held[start : start + size] if self.state is not None else []
-                if self.steps > 1:  # round-off grows from step to step
-                    out, moments = [out[0][:1]], []
-                results.append([value.clone() for value in (*out, *moments)])
-                for tensor, value in zip(self._held, before, strict=True):
-                    tensor.copy_(value)
-        _same("the compiled graph", labels, results[0], results[1])
-
-
-def _same(what: str, labels: list[str], found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Refuse what differs by more than round-off, which a gradient that nearly cancels has from its larger parts."""
-    norms = [float(value.double().norm()) for value in expected]
-    for label, a, b, size in zip(labels, found, expected, norms, strict=True):
-        epsilon = torch.finfo(b.dtype).eps
-        distance = float((a.double() - b.double()).norm())
-        if not distance <= max(1e-5, epsilon**0.5) * size + epsilon * max(norms) + 1e-12:
-            raise CompileMismatchError(
-                f"{what} does not agree with the program under the same noise: {label} is off by {distance:.3g} of "
-                f"{size:.3g}. Does the program draw from another generator than torch's, or change from call to call?"
-            )
 
 
 class _still:

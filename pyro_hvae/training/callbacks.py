@@ -49,7 +49,10 @@ class ProgressBar:
         self._bar: Any = None
 
     def on_start(self, run: Run) -> None:
-        self._bar = tqdm(total=self.total, initial=run.step, unit="step", dynamic_ncols=True, leave=True)
+        # Drawn twice a second: a drawing costs about a millisecond.
+        self._bar = tqdm(
+            total=self.total, initial=run.step, unit="step", dynamic_ncols=True, leave=True, mininterval=0.5
+        )
 
     def on_step(self, run: Run, loss: Any) -> None:
         self._bar.update()

@@ -27,13 +27,7 @@ from pyro_hvae.training.averages import Averages
 from pyro_hvae.training.evaluate import looking, per_datum_loss, validation_record
 from pyro_hvae.training.feed import Batch, Feed
 from pyro_hvae.training.history import History
-from pyro_hvae.training.nonfinite import (
-    NonFiniteError,
-    Snapshot,
-    non_finite_gradients,
-    non_finite_sites,
-    optimizer_tensors,
-)
+from pyro_hvae.training.nonfinite import NonFiniteError, Snapshot, optimizer_tensors, replay
 from pyro_hvae.training.objective import PairObjective
 from pyro_hvae.training.step import EagerStep
 
@@ -48,6 +42,7 @@ class Run:
     Attributes:
         model, guide: the programs.
         objective: the loss in nats a datum, as a module.
+        eager: the step without a compiler, which the search for NaN uses.
         optimizer, schedule, averages: torch's optimiser, its schedule and the moving averages, or None.
         step, epoch, batch: optimiser steps made, epochs finished, batches of the present epoch used.
         history: the records.
@@ -90,13 +85,12 @@ class Run:
         self.step = self.epoch = self.batch = 0
         self.stopped: str | None = None
         self.best = math.inf
-        self._take_step, self._eager = step, eager
+        self._take_step, self.eager = step, eager
         device = eager.parameters[0].device
         self._sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._last: Batch | None = None
         self._pending: Any = None
-        self._steps: int | None = None
-        self._epochs: int | None = None
+        self._limits: tuple[int | None, int | None] = (None, None)
         self._since_record = self._terms_due = 0
         self._signal: int | None = None
         self._saved = -1
@@ -117,7 +111,7 @@ class Run:
 
     def train(self, steps: int | None, epochs: int | None) -> None:
         """Train until ``steps`` or ``epochs`` in all are done, :meth:`stop` is called, or a signal arrives."""
-        self._steps, self._epochs = steps, epochs
+        self._limits = steps, epochs
         self._call("on_start")
         try:
             with self._signals():
@@ -149,8 +143,9 @@ class Run:
         return every is not None and self.step % every == 0
 
     def _last_step(self) -> bool:
-        in_last_epoch = self._epochs is not None and self.epoch + 1 >= self._epochs
-        return self.step == self._steps or (in_last_epoch and self.batch == self.feed.batches)
+        steps, epochs = self._limits
+        in_last_epoch = epochs is not None and self.epoch + 1 >= epochs
+        return self.step == steps or (in_last_epoch and self.batch == self.feed.batches)
 
     def _epoch(self, steps: int | None) -> None:
         batches = self.feed.epoch(self.epoch, self.batch)
@@ -227,12 +222,12 @@ class Run:
         assert self.validation is not None
         with nullcontext() if self.averages is None else self.averages.applied():
             record = validation_record(self.objective, self.validation, self.transform)
-        record = {name: self.ranks.mean(value) for name, value in record.items()}
+        record = {"step": self.step, "epoch": self.epoch} | {k: self.ranks.mean(v) for k, v in record.items()}
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(record["validation_loss"])
         improved = record["validation_loss"] < self.best
         self.best = min(self.best, record["validation_loss"])
-        self._add({"step": self.step, "epoch": self.epoch, **record})
+        self._add(record)
         if improved and self.run_dir is not None:
             self.save("best")
 
@@ -275,61 +270,24 @@ class Run:
             return
         bad_step, self.stopped = self.step, "loss is not finite"
         last = self._snapshot.restore()
-        self._go_to(last)
-        where = "" if self.run_dir is None else f"; the last checkpoint is {checkpoint.latest(self._directory)}"
-        found: list[str] = []
-        step: int | None = None
-        batches = self.feed.epoch(self.epoch, self.batch)
-        checkpoint.restore_generators(last["generators"])
-        while self.step < bad_step and not found:
-            group = list(itertools.islice(batches, self.accumulate))
-            if not group:
-                self.epoch, self.batch = self.epoch + 1, 0
-                batches = self.feed.epoch(self.epoch)
-                continue
-            found = self._replay(group)
-            step = self.step
+        self.go_to(last)
+        kept = "" if self.run_dir is None else f"; the last checkpoint is {checkpoint.latest(self._directory)}"
+        step, found = replay(self, last["generators"], bad_step)
         self._snapshot.restore()
-        self._go_to(last)
+        self.go_to(last)
         checkpoint.restore_generators(last["generators"])
         if not found:
             raise NonFiniteError(
                 f"the loss became NaN or infinite between steps {last['step'] + 1} and {bad_step}, but not when these "
-                f"steps were made again eagerly; the parameters are back at step {last['step']}{where}",
-                None,
-                [],
-            )
+                f"steps were made again eagerly; the parameters are back at step {last['step']}{kept}", None, []
+            )  # fmt: skip
         raise NonFiniteError(
             f"step {step}: not finite: {'; '.join(found[:6])}. The parameters are back at step {last['step']}, the "
-            f"last that was looked at and found good{where}",
-            step,
-            found,
-        )
+            f"last that was looked at and found good{kept}", step, found,
+        )  # fmt: skip
 
-    def _replay(self, group: list[Batch]) -> list[str]:
-        """Make one step again, and name what is not finite in it."""
-        batches = [self.transform(*batch) for batch in group]
-        noise = checkpoint.generators()
-        self.objective.step = self.step
-        loss = self._eager.gradients(batches)
-        self.step += 1
-        self.batch += len(group)
-        if not math.isfinite(float(loss)):
-            checkpoint.restore_generators(noise)
-            particles = getattr(self.objective.bound, "num_particles", 1)
-            found = []
-            for args, kwargs in batches:
-                kwargs = self.objective.keywords(kwargs)
-                found += non_finite_sites(self.model, self.guide, args, kwargs, particles)
-            return found or ["the loss, though every site is finite"]
-        if found := non_finite_gradients(self.objective):
-            return found
-        self._eager.apply()
-        if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
-            self.schedule.step()
-        return []
-
-    def _go_to(self, position: dict[str, Any]) -> None:
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Put counts, data, rates and schedule back to where a snapshot was taken."""
         self.step, self.epoch, self.batch = position["step"], position["epoch"], position["batch"]
         self._since_record = position["since"]
         self.feed.load_state_dict(position["feed"])

@@ -7,15 +7,23 @@ since are made again from that copy, eagerly and one by one, with the same batch
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_hvae.traces import read
+from pyro_hvae.training import checkpoint
+from pyro_hvae.training.feed import Batch
 
-__all__ = ["NonFiniteError", "Snapshot", "non_finite_sites"]
+if TYPE_CHECKING:
+    from pyro_hvae.training.loop import Run
+
+__all__ = ["NonFiniteError", "Snapshot", "non_finite_sites", "optimizer_tensors", "replay"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -67,6 +75,51 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
         for value in state.values()
         if isinstance(value, Tensor)
     ]
+
+
+def replay(run: Run, generators: Any, until: int) -> tuple[int | None, list[str]]:
+    """Make the steps of a run again from where it stands, eagerly, up to step ``until``.
+
+    Returns:
+        The first step, counted from 1, in which something is not finite, or the last; and what is not.
+    """
+    found: list[str] = []
+    step: int | None = None
+    batches = run.feed.epoch(run.epoch, run.batch)
+    checkpoint.restore_generators(generators)
+    while run.step < until and not found:
+        group = list(itertools.islice(batches, run.accumulate))
+        if not group:
+            run.epoch, run.batch = run.epoch + 1, 0
+            batches = run.feed.epoch(run.epoch)
+            continue
+        found = _replay_step(run, group)
+        step = run.step
+    return step, found
+
+
+def _replay_step(run: Run, group: list[Batch]) -> list[str]:
+    """Make one step again, and name what is not finite in it."""
+    batches = [run.transform(*batch) for batch in group]
+    noise = checkpoint.generators()
+    run.objective.step = run.step
+    loss = run.eager.gradients(batches)
+    run.step += 1
+    run.batch += len(group)
+    if not math.isfinite(float(loss)):
+        checkpoint.restore_generators(noise)
+        particles = getattr(run.objective.bound, "num_particles", 1)
+        found = []
+        for args, kwargs in batches:
+            kwargs = run.objective.keywords(kwargs)
+            found += non_finite_sites(run.model, run.guide, args, kwargs, particles)
+        return found or ["the loss, though every site is finite"]
+    if found := non_finite_gradients(run.objective):
+        return found
+    run.eager.apply()
+    if run.schedule is not None and not isinstance(run.schedule, ReduceLROnPlateau):
+        run.schedule.step()
+    return []
 
 
 def non_finite_sites(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> list[str]:
