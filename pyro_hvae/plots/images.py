@@ -1,0 +1,126 @@
+"""Images that a model draws or gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pyro_hvae.plots.canvas import array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["reconstructions", "samples", "traversal"]
+
+
+def samples(images: Any, shape: tuple[int, int], *, columns: int = 10, titles: Sequence[str] | None = None) -> Figure:
+    """A grid of images, grey levels from 0 (black) to 1.
+
+    Args:
+        images: ``(N, pixels)`` or ``(N, height, width)``; a list of such arrays gives one row each.
+        shape: height and width in pixels.
+        columns: images a row, where a single array is given.
+        titles: a label for each row.
+
+    Raises:
+        ValueError: if the pixels do not fit the shape.
+
+    Example:
+        >>> len(samples(torch.zeros(4, 6), (2, 3), columns=2).axes)
+        4
+    """
+    if isinstance(images, (list, tuple)):
+        rows = [_images(part, shape) for part in images]
+    else:
+        whole = _images(images, shape)
+        rows = [whole[start : start + columns] for start in range(0, len(whole), columns)]
+    from matplotlib.figure import Figure
+
+    across = max(len(row) for row in rows)
+    left = 0.0 if titles is None else 1.1
+    figure = Figure(figsize=(0.62 * across + left, 0.62 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), across, squeeze=False)
+    for row, line in enumerate(rows):
+        for column in range(across):
+            axis = grid[row][column]
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+            if column < len(line):
+                axis.imshow(line[column], cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+        if titles is not None:
+            grid[row][0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=8)
+    return figure
+
+
+def reconstructions(x: Any, xhat: Any, shape: tuple[int, int], *, columns: int = 10) -> Figure:
+    """Data above what the model makes of them.
+
+    Args:
+        x, xhat: ``(N, pixels)`` each; the first ``columns`` are drawn.
+        shape: height and width in pixels.
+
+    Example:
+        >>> len(reconstructions(torch.zeros(3, 6), torch.zeros(3, 6), (2, 3)).axes)
+        6
+    """
+    return samples([array(x)[:columns], array(xhat)[:columns]], shape, titles=["data", "reconstruction"])
+
+
+def traversal(
+    model: Any,
+    latents: Any,
+    shape: tuple[int, int],
+    *,
+    site: str,
+    units: Sequence[int],
+    width: float = 2.5,
+    steps: int = 9,
+) -> Figure:
+    """What a unit does to the image: a row a unit, which goes from -width to width while all else stays.
+
+    Args:
+        model: a chain with the one-layer decoder p(x | z_1), or any :class:`~pyro_hvae.chains.TopDown`.
+        latents: values by site of one datum, (1, d) each, as :func:`pyro_hvae.encode` gives them.
+        shape: height and width in pixels.
+        site: whose units are moved.
+        units: which of them.
+        width: ends of the walk, in standard deviations of a standard normal prior.
+        steps: images a row.
+
+    Raises:
+        ValueError: for an unknown site or unit.
+
+    Example:
+        >>> from pyro_hvae.models import vae
+        >>> model, guide = vae(6, 2, hidden=(4,))
+        >>> figure = traversal(model, {"z1": torch.zeros(1, 2)}, (2, 3), site="z1", units=[0, 1], steps=3)
+        >>> len(figure.axes)
+        6
+    """
+    from pyro_hvae.coding import decode
+
+    if site not in latents:
+        raise ValueError(f"no site {site!r} among the latents {sorted(latents)}")
+    size = latents[site].shape[-1]
+    if any(not 0 <= unit < size for unit in units):
+        raise ValueError(f"units of {site!r} are 0 to {size - 1}, got {list(units)}")
+    walk = torch.linspace(-width, width, steps).to(latents[site])
+    rows = []
+    for unit in units:
+        moved = {name: value.expand(steps, *value.shape[1:]).clone() for name, value in latents.items()}
+        moved[site][:, unit] = walk
+        with torch.no_grad():
+            rows.append(decode(model, moved, size=steps).mean)
+    return samples(rows, shape, titles=[f"{site}[{unit}]" for unit in units])
+
+
+def _images(values: Any, shape: tuple[int, int]) -> np.ndarray:
+    found = array(values)
+    pixels = shape[0] * shape[1]
+    if found.size % pixels or found.reshape(len(found), -1).shape[1] != pixels:
+        raise ValueError(f"images of shape {found.shape} do not fit {shape[0]} x {shape[1]} = {pixels} pixels each")
+    return found.reshape(-1, *shape)

@@ -1,0 +1,84 @@
+"""Where the data lie among the latents, and the noise levels of a diffusion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pyro_hvae.plots.canvas import STYLES, array, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["latent_map", "schedule"]
+
+_MARKERS = "osv^D<>pX*"
+
+
+def latent_map(z: Any, labels: Any = None, *, names: tuple[str, str] = ("unit 0", "unit 1")) -> Figure:
+    """Data in the plane of two units; of more, the first two principal components.
+
+    Args:
+        z: (N, d), d >= 2, such as means of the guide.
+        labels: a class for each datum, (N,).
+        names: of the axes, where d = 2.
+
+    Raises:
+        ValueError: for fewer than two units.
+
+    Example:
+        >>> latent_map(np.zeros((4, 2)), [0, 0, 1, 1]).axes[0].get_xlabel()
+        'unit 0'
+    """
+    values = array(z)
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise ValueError(f"z must be (N, d) with d >= 2, got {values.shape}")
+    if values.shape[1] > 2:
+        centred = values - values.mean(0)
+        _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+        share = singular**2 / (singular**2).sum()
+        names = (f"first component ({share[0]:.0%})", f"second component ({share[1]:.0%})")
+        values = centred @ directions[:2].T
+    figure, (axis,) = panels(1, width=4.2, height=3.8)
+    classes = np.zeros(len(values)) if labels is None else array(labels)
+    for number, label in enumerate(np.unique(classes)):
+        chosen = values[classes == label]
+        axis.plot(
+            *chosen.T, _MARKERS[number % len(_MARKERS)], markersize=3, linestyle="none", alpha=0.7, label=str(label)
+        )
+    if labels is not None:
+        axis.legend(frameon=False, fontsize=7, markerscale=1.5, ncols=2)
+    axis.set_xlabel(names[0])
+    axis.set_ylabel(names[1])
+    return figure
+
+
+def schedule(*schedules: Any, labels: list[str] | None = None, points: int = 200) -> Figure:
+    """gamma(t) = -log SNR(t) of one or more schedules, and the noise variance sigma^2(t).
+
+    Args:
+        schedules: :class:`pyro_hvae.schedules.Schedule`.
+        labels: a name each; their types by default.
+        points: of t in [0, 1].
+
+    Example:
+        >>> from pyro_hvae.schedules import LinearSchedule
+        >>> [axis.get_ylabel() for axis in schedule(LinearSchedule()).axes]
+        ['gamma = -log SNR', 'noise variance']
+    """
+    names = [type(found).__name__ for found in schedules] if labels is None else labels
+    figure, (left, right) = panels(2, width=3.4, height=3.0)
+    t = torch.linspace(0.0, 1.0, points)
+    for found, name, style in zip(schedules, names, STYLES * len(schedules), strict=False):
+        with torch.no_grad():
+            gamma = found(t)
+        left.plot(t, gamma, style, label=name)
+        right.plot(t, torch.sigmoid(gamma), style, label=name)
+    left.set_ylabel("gamma = -log SNR")
+    right.set_ylabel("noise variance")
+    for axis in (left, right):
+        axis.set_xlabel("t")
+    left.legend(frameon=False, fontsize=8)
+    return figure

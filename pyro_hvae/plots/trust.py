@@ -1,0 +1,122 @@
+"""What to trust: k-hat, calibration, and the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_hvae.plots.canvas import STYLES, array, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["calibration_ecdf", "evidence_bracket", "khat_scatter"]
+
+
+def khat_scatter(khats: Any) -> Figure:
+    """k-hat of each datum, and of each layer, with the largest to be trusted.
+
+    Args:
+        khats: of :func:`pyro_hvae.diagnostics.khats`, or its dataset.
+
+    Raises:
+        ValueError: if there is no k-hat for each datum.
+
+    Example:
+        >>> import xarray as xr
+        >>> found = xr.Dataset({"per_datum": ("data", [0.1, 0.9])}, attrs={"good_k": 0.7})
+        >>> khat_scatter(found).axes[0].get_ylabel()
+        'Pareto k-hat'
+    """
+    data = khats.to_dataset() if hasattr(khats, "to_dataset") else khats
+    if "per_datum" not in data:
+        raise ValueError("there is no k-hat for each datum: no latent of the pair is local to one")
+    names = ["all layers"]
+    values = [data["per_datum"].values.ravel()]
+    if "per_layer" in data and data.sizes["layer"] > 1:
+        names += [f"{name} and after" for name in data.layer.values]
+        values += [data["per_layer"].sel(layer=name).values.ravel() for name in data.layer.values]
+    figure, axes = panels(len(names), width=3.2, height=3.0)
+    good = float(data.attrs["good_k"])
+    low = min((float(v[np.isfinite(v)].min()) for v in values if np.isfinite(v).any()), default=0.0)
+    for axis, name, found in zip(axes, names, values, strict=True):
+        shown = np.where(np.isneginf(found), low - 0.1, found)
+        over = shown > good
+        axis.plot(np.flatnonzero(~over), shown[~over], "o", color="0.6", markersize=3, label="to be trusted")
+        axis.plot(np.flatnonzero(over), shown[over], "x", color="0.1", markersize=4, label="not")
+        axis.axhline(good, color="0.2", linestyle="--", linewidth=0.9)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("datum")
+        axis.set_ylabel("Pareto k-hat")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def calibration_ecdf(calibration: Any, *, names: list[str] | None = None, level: float = 0.95) -> Figure:
+    """How far the distribution function of ranks lies from the uniform one, with simultaneous bands.
+
+    Above the band on the left and below it on the right: too many ranks at both ends, draws too narrow; the other way
+    round: too wide; above or below throughout: draws too high or too low.
+
+    Args:
+        calibration: of :func:`pyro_hvae.diagnostics.calibrate`.
+        names: quantities to draw, all by default; each coordinate is a line.
+        level: of the bands.
+
+    Example:
+        >>> from pyro_hvae.diagnostics import Calibration
+        >>> ranks = {"z": np.random.default_rng(0).integers(0, 20, 100)}
+        >>> calibration_ecdf(Calibration(ranks, 19)).axes[0].get_xlabel()
+        'rank / draws'
+    """
+    from pyro_hvae.diagnostics.uniformity import ecdf_bands
+
+    shown = list(calibration.ranks) if names is None else names
+    figure, axes = panels(len(shown), width=3.2, height=2.8)
+    for axis, name in zip(axes, shown, strict=True):
+        ranks = calibration.ranks[name]
+        size = len(ranks)
+        points, low, high = ecdf_bands(size, calibration.num_draws, level)
+        axis.fill_between(points, low - points, high - points, color="0.88", step="mid", label=f"{level:.0%} band")
+        for column, line in enumerate(ranks.reshape(size, -1).T):
+            ecdf = (
+                np.searchsorted(np.sort((line + 1) / (calibration.num_draws + 1)), points + 1e-9, side="right") / size
+            )
+            axis.plot(points, ecdf - points, STYLES[column % len(STYLES)], linewidth=1.0)
+        axis.axhline(0.0, color="0.3", linewidth=0.7)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("rank / draws")
+        axis.set_ylabel("ECDF - uniform")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def evidence_bracket(bracket: Any, *, elbo: Any = None, others: Mapping[str, Any] | None = None) -> Figure:
+    """Lower and upper side of log p(x) for each datum, sorted, with bounds beside.
+
+    Args:
+        bracket: of :func:`pyro_hvae.evidence_sandwich`.
+        elbo: bound for each datum, nats (N,).
+        others: more values for each datum, by name.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> two = SimpleNamespace(lower=np.array([-2.0, -1.0]), upper=np.array([-1.9, -0.8]), upper_is_bound=True)
+        >>> evidence_bracket(two).axes[0].get_ylabel()
+        'nats'
+    """
+    low, high = array(bracket.lower).ravel(), array(bracket.upper).ravel()
+    order = np.argsort(low)
+    place = np.arange(len(order))
+    figure, (axis,) = panels(1, width=5.0, height=3.2)
+    kind = "bound" if bracket.upper_is_bound else "estimate"
+    axis.vlines(place, low[order], high[order], color="0.2", linewidth=2.0, label=f"log p(x), above: {kind}")
+    marked = ({} if elbo is None else {"ELBO": elbo}) | dict(others or {})
+    for marker, (name, values) in zip("xo+^", marked.items(), strict=False):
+        axis.plot(place, array(values).ravel()[order], marker, markersize=4, linestyle="none", label=name)
+    axis.set_xlabel("datum, sorted")
+    axis.set_ylabel("nats")
+    axis.legend(frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,83 @@
+"""Pictures hold what they are given, and say their units."""
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_hvae as ph
+from pyro_hvae import plots
+from pyro_hvae.diagnostics import calibrate, khats
+from pyro_hvae.schedules import CosineSchedule, LinearSchedule
+from tests.linear_gaussian import linear_gaussian
+
+
+def labelled(figure):
+    return all(axis.get_xlabel() and axis.get_ylabel() for axis in figure.axes)
+
+
+def test_training_curves_and_layers():
+    records = [{"step": i, "loss": 9.0 / i, "kl_z2": 1.0, "rate_z1": 2.0, "validation_loss": 9.5 / i} for i in (1, 2)]
+    figure = plots.training_curves(records)
+    assert labelled(figure)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["loss", "held-out loss"]
+    bars = plots.layer_kl({"kl_z2": torch.tensor([1.0, 3.0]), "rate_z1": -1.0}, units={"z2": 4}).axes[0]
+    assert [bar.get_height() for bar in bars.patches] == [2.0, -1.0]
+    assert "4 active" in "".join(text.get_text() for text in bars.texts)
+    with pytest.raises(ValueError, match="no layer terms"):
+        plots.layer_kl({"reconstruction": 1.0})
+
+
+def test_khats_of_each_datum_and_layer():
+    case = linear_gaussian(2)
+    figure = plots.khat_scatter(khats(case.model, case.other, case.x, num_draws=100))
+    assert labelled(figure)
+    assert [axis.get_title() for axis in figure.axes] == ["all layers", "z1 and after", "z2 and after"]
+    exact = plots.khat_scatter(khats(case.model, case.exact, case.x, num_draws=100))
+    assert np.isfinite(exact.axes[0].lines[0].get_ydata()).all()
+
+
+def test_ranks_lie_within_their_bands_for_the_exact_posterior():
+    case = linear_gaussian(1)
+    found = calibrate(case.model, case.exact, torch.zeros(300, case.x.shape[1]), num_draws=49)
+    figure = plots.calibration_ecdf(found, names=["z1", "log_q"], level=0.999)
+    assert labelled(figure)
+    for axis in figure.axes:
+        band = axis.collections[0].get_paths()[0].vertices[:, 1]
+        assert all(band.min() <= min(line.get_ydata()) for line in axis.lines)
+        assert all(max(line.get_ydata()) <= band.max() for line in axis.lines)
+
+
+def test_bracket():
+    case = linear_gaussian(1)
+    bracket = ph.evidence_sandwich(case.model, case.exact, case.x, num_chains=4, betas=5)
+    figure = plots.evidence_bracket(bracket, elbo=ph.TraceELBO().per_datum(case.model, case.exact, case.x))
+    assert labelled(figure)
+    assert "above: estimate" in figure.axes[0].get_legend().texts[0].get_text()
+
+
+def test_latents():
+    z = torch.randn(50, 2)
+    assert plots.latent_map(z, [0, 1] * 25).axes[0].get_xlabel() == "unit 0"
+    wide = torch.randn(50, 4) * torch.tensor([9.0, 1.0, 0.1, 0.1])
+    assert plots.latent_map(wide).axes[0].get_xlabel().startswith("first component (9")
+    with pytest.raises(ValueError, match="d >= 2"):
+        plots.latent_map(torch.randn(50, 1))
+    model, guide = ph.hvae(12, (4, 2), hidden=(8,))
+    latents = ph.encode(guide, torch.zeros(1, 12), mean=True)
+    figure = plots.traversal(model, latents, (3, 4), site="z1", units=[0, 3], steps=5)
+    assert len(figure.axes) == 10
+    with pytest.raises(ValueError, match=r"units of 'z1' are 0 to 3, got \[4\]"):
+        plots.traversal(model, latents, (3, 4), site="z1", units=[4])
+    with pytest.raises(ValueError, match="no site 'z3'"):
+        plots.traversal(model, latents, (3, 4), site="z3", units=[0])
+
+
+def test_schedules():
+    figure = plots.schedule(LinearSchedule(-8.0, 4.0), CosineSchedule(-8.0, 4.0))
+    assert labelled(figure)
+    assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["LinearSchedule", "CosineSchedule"]
+
+
+def test_images_that_do_not_fit():
+    with pytest.raises(ValueError, match="do not fit 2 x 3 = 6 pixels"):
+        plots.samples(torch.zeros(4, 7), (2, 3))
