@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from pyro_hvae.diagnostics.uniformity import Uniformity, uniformity
 from pyro_hvae.traces import given, read, simulate, structure
+from pyro_hvae.traces.reading import total
 
 __all__ = ["JOINT", "Calibration", "calibrate"]
 
@@ -216,8 +217,8 @@ def _ranks(
             draws[name] = drawn.values[name].reshape(num_draws, size, *event)
             found[name] = _rank(true_values[name], draws[name])
         joint = {
-            "log_joint": tuple(sum(reading.log_p.values()) for reading in (at_truth, drawn)),
-            "log_q": tuple(sum(reading.log_q.values()) for reading in (at_truth, drawn)),
+            "log_joint": tuple(total(reading.log_p) for reading in (at_truth, drawn)),
+            "log_q": tuple(total(reading.log_q) for reading in (at_truth, drawn)),
         }
         for name, (true, many) in joint.items():
             found[name] = _rank(
