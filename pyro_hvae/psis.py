@@ -57,8 +57,10 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     rest = ~exact.cpu().numpy().reshape(-1)
     if rest.any():
         for row in np.flatnonzero(rest):
-            if _tail_size(flat[row]) < 5:  # a shape can't be fitted to so few
+            if len(flat[row]) < 25:  # ArviZ fits no shape to fewer than 5 draws, the largest fifth of them
                 khat[row] = np.inf
+            elif _tied_cutoff(flat[row]):  # a lattice, of which smoothing would make something else
+                khat[row] = _lattice_khat(flat[row])
             elif not _constant_tail(flat[row]):
                 smoothed[row], khat[row] = array_stats.psislw(-flat[row])
         smoothed -= _logsumexp(smoothed)
@@ -106,15 +108,41 @@ def _check(weights: Tensor) -> None:
         raise ValueError(f"{int(empty.sum())} column(s) have no draw with a positive weight: every log-weight is -inf")
 
 
-def _tail_size(row: np.ndarray) -> int:
-    """How many of the largest weights the fit looks at (Vehtari et al., 2024)."""
-    return int(np.ceil(min(len(row) / 5, 3 * np.sqrt(len(row)))))
-
-
 def _constant_tail(row: np.ndarray) -> bool:
     """Whether the draws that the fit would take for the tail all have the same weight."""
-    tail = np.sort(row)[-_tail_size(row) :]
+    size = int(np.ceil(min(len(row) / 5, 3 * np.sqrt(len(row)))))
+    tail = np.sort(row)[-size:]
     return bool(tail[-1] - tail[0] < EXACT_SPREAD)
+
+
+def _tied_cutoff(row: np.ndarray) -> bool:
+    """Whether a quarter of the tail is no larger than the largest weight below it, on which the fit would divide by 0.
+
+    That is so for the weights of discrete draws, and where most weights are zero.
+    """
+    ordered, size = np.sort(row), _tail_size(row)
+    return bool(ordered[-size + int(size / 4 + 0.5) - 1] <= ordered[-size - 1] + EXACT_SPREAD)
+
+
+def _lattice_khat(row: np.ndarray) -> float:
+    """k-hat of weights with ties: of those above the tied value, or if these are too few, from it upwards."""
+    from arviz_stats.base import array_stats
+
+    level = np.sort(row)[-_tail_size(row) - 1]
+    above, below = row[row > level + EXACT_SPREAD], row[row < level - EXACT_SPREAD]
+    if len(above) == 0:
+        return -np.inf
+    if len(above) < 5:
+        if len(below) == 0 or level == -np.inf:
+            return np.inf  # too few to tell
+        above, level = row[row >= level - EXACT_SPREAD], below.max()
+    if above.max() - above.min() < EXACT_SPREAD:
+        return -np.inf
+    above = np.sort(above)[:: len(above) // 1000 + 1]
+    size = len(above)
+    # So many copies of the level below that the fit takes just these for the tail.
+    count = 5 * size if size <= 45 else int((size / 3) ** 2)
+    return float(array_stats.psislw(-np.concatenate([np.full(count - size, level), above]))[1])
 
 
 def _logsumexp(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The sign, the scale and the ends of k-hat."""
 
+import math
+
 import pytest
 import torch
 
@@ -70,10 +72,30 @@ def test_the_threshold_falls_with_few_draws():
         good_khat(1)
 
 
-@pytest.mark.parametrize("draws", [5, 20])
+@pytest.mark.parametrize("draws", [5, 21, 24])
 def test_too_few_draws_to_tell_are_not_smoothed(draws):
     log_weights = torch.randn(draws, 3)
     smoothed, khat = psis(log_weights)
     assert (khat == torch.inf).all()
     torch.testing.assert_close(smoothed, log_weights.log_softmax(0))
-    assert psis(torch.randn(21, 3))[1].isfinite().all()
+    assert psis(torch.randn(25, 3))[1].isfinite().all()
+
+
+def test_weights_on_a_lattice():
+    """Geometric draws of parameter 1/2 with weights 1.6^z: P(w > t) falls with the power log 2 / log 1.6."""
+    z = torch.distributions.Geometric(0.5).sample((4000, 20))
+    log_weights = z * torch.tensor(1.6).log()
+    smoothed, khat = psis(log_weights)
+    torch.testing.assert_close(smoothed, log_weights.log_softmax(0))
+    assert abs(float(khat.mean()) - math.log(1.6) / math.log(2.0)) < 0.15, khat
+    two = torch.zeros(1000)
+    two[:30] = 2.0
+    assert pareto_khat(two) == -torch.inf  # bounded: all that lie above are the same
+
+
+def test_most_weights_zero():
+    log_weights = torch.full((1000,), -torch.inf)
+    log_weights[:50] = torch.distributions.Exponential(1 / 0.9).sample((50,))
+    assert pareto_khat(log_weights).isfinite()
+    log_weights[3:] = -torch.inf
+    assert pareto_khat(log_weights) == torch.inf
