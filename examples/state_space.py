@@ -50,7 +50,7 @@ print(f"{'Kalman, exact':24s} {evidence:8.2f}")
 figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
 for axis, family in zip(axes, (AutoNormal, AutoMultivariateNormal)):
     pyro.clear_param_store()
-    guide = family(model, init_scale=0.5)
+    guide = family(model, init_scale=0.9)
     ph.fit(
         model,
         guide,
@@ -58,7 +58,7 @@ for axis, family in zip(axes, (AutoNormal, AutoMultivariateNormal)):
         bound=ph.TraceELBO(num_particles=8),
         batch_size=None,
         steps=20 if options.short else 1200,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05),
         schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1200),
         progress=False,
     )

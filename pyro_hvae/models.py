@@ -2,14 +2,10 @@ r"""Ready-made pairs: functions that return (model, guide), built of the kernels
 
 With events of a given shape and latents z_1, ..., z_T of widths d_1, ..., d_T, all networks perceptrons:
 
-====================  =========================================
-================================================ function              model
-guide ====================  =========================================
-================================================ :func:`vae`           p(z_1) p(x | z_1)
-q(z_1 | x) :func:`hvae`          p(z_T) prod p(z_{t-1} | z_t) p(x | z_1)    bottom-up, q(z_1 | x) prod q(z_t |
-z_{t-1}) :func:`ladder_vae`    the same                                   top-down, evidence merged with the
-model's prior ====================  =========================================
-================================================
+- :func:`vae`: p(z_1) p(x | z_1) and q(z_1 | x);
+- :func:`hvae`: p(z_T) prod p(z_{t-1} | z_t) p(x | z_1), and bottom-up q(z_1 | x) prod q(z_t | z_{t-1});
+- :func:`ladder_vae`: the same model, and a guide that runs top-down and merges evidence with the model's prior;
+- :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters.
 
 All weights start by Xavier's rule and all biases at zero. ``vae`` is ``hvae`` with one layer, parameter for
 parameter. Every pair records on its programs how it was made, as plain

@@ -1,0 +1,45 @@
+"""Every example runs as a user would run it, for a few steps, and leaves the picture that it names."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+LONG = {"distributed", "hierarchies", "semi_supervised", "conditional", "vdm_digits", "diagnose"}
+SCRIPTS = [
+    pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [], id=path.stem)
+    for path in sorted(EXAMPLES.glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_runs_in_its_short_mode(script, tmp_path):
+    # another folder than the repository's, so that nothing is found by chance and nothing is left behind
+    out = tmp_path / "runs"
+    run = subprocess.run(
+        [sys.executable, str(script), "--short", "--out", str(out)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) >= 2  # a table
+    named = re.findall(r"\b([a-z_]+\.(?:png|nc))\b", script.read_text().split('"""')[1])
+    assert named
+    for name in named:
+        assert (out / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_is_short(script):
+    assert len(script.read_text().splitlines()) < 80
+
+
+def test_all_are_shown_in_the_documentation():
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
+    assert [path.name for path in sorted(EXAMPLES.glob("*.py")) if path.name not in page] == []
