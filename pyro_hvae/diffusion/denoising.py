@@ -260,13 +260,19 @@ class DenoisingChain(TopDown):
             yield f"z{i}", kernel, None
         yield "x", self.x, None
 
-    def forward(self, *args: Any, visit: Callable[[DenoisingChain], Any] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        visit: Callable[[DenoisingChain], Any] | None = None,
+        data_size: int | None = None,  # by name, so that a trainer sees that minibatches can be scaled
+        **kwargs: Any,
+    ) -> Any:
         """Run the chain as a program, as :class:`~pyro_hvae.chains.TopDown`; or ``visit`` inside of the call.
 
         Parameters register with Pyro while a module's call is under way, and not in its other methods; an estimator
         that needs more of this chain than its trace passes a function of it.
         """
-        return super().forward(*args, **kwargs) if visit is None else visit(self)
+        return super().forward(*args, data_size=data_size, **kwargs) if visit is None else visit(self)
 
     def _transition(self, lower: Noising, upper: Noising, z: Tensor, context: Any) -> TorchDistribution:
         xhat = self.predict(z, upper.gamma, context)

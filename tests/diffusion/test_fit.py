@@ -11,6 +11,7 @@ from pyro_hvae.bounds import DiffusionELBO, SimpleDiffusionLoss
 from pyro_hvae.models import vdm
 from pyro_hvae.nn import MLP, DenoisingMLP
 from pyro_hvae.schedules import LearnedSchedule
+from pyro_hvae.training.objective import PairObjective
 
 
 def pair(num_layers):
@@ -64,6 +65,15 @@ def test_every_parameter_is_fitted_and_validated(num_layers, bound):
     # nats a datum, not of the batch: 64 rows of it would be 64 times as many
     torch.manual_seed(1)
     assert abs(shown[-1] + float(DiffusionELBO(100).per_datum(model, guide, x).mean())) < 0.5 * abs(shown[-1])
+
+
+def test_a_smaller_last_batch_counts_for_the_whole_data_too():
+    model, guide = pair(None)
+    x = torch.randn(4000, 2)
+    objective = PairObjective(DiffusionELBO(), model, guide, (x[:64],), {}, 4000)
+    with torch.no_grad():
+        many, few = float(objective(x)), float(objective(x[:1000]))
+    assert abs(many - few) < 0.1 * abs(many)  # both in nats a datum
 
 
 def test_resumed_as_if_never_stopped(tmp_path):
