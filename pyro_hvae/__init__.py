@@ -23,6 +23,7 @@ from pyro_hvae.bounds import (
 )
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.coding import decode, encode, impute, reconstruct
+from pyro_hvae.compile import compile_step
 from pyro_hvae.diagnostics import diagnose, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
@@ -77,6 +78,7 @@ __all__ = [
     "WithoutContext",
     "__version__",
     "compare",
+    "compile_step",
     "decode",
     "diagnose",
     "encode",
