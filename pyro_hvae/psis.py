@@ -31,8 +31,8 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
 
     Returns:
         Normalised log-weights of the same shape (their exponentials sum to one along ``dim``), and k-hat, of the
-        shape without ``dim``: ``-inf`` where all weights are the same, or all of the largest; ``inf`` where there are
-        too few draws to tell.
+        shape without ``dim``: ``-inf`` where all weights are the same, or all of the largest, or among discrete ones
+        the largest is common; ``inf`` where there are too few draws to tell.
 
     Raises:
         ValueError: for fewer than 5 draws, NaN or +inf, or a column without any positive weight.
@@ -108,41 +108,51 @@ def _check(weights: Tensor) -> None:
         raise ValueError(f"{int(empty.sum())} column(s) have no draw with a positive weight: every log-weight is -inf")
 
 
+def _tail_size(row: np.ndarray) -> int:
+    """How many of the largest weights the fit looks at (Vehtari et al., 2024)."""
+    return int(min(len(row) / 5, 3 * np.sqrt(len(row))))
+
+
 def _constant_tail(row: np.ndarray) -> bool:
     """Whether the draws that the fit would take for the tail all have the same weight."""
-    size = int(np.ceil(min(len(row) / 5, 3 * np.sqrt(len(row)))))
-    tail = np.sort(row)[-size:]
+    tail = np.sort(row)[-_tail_size(row) :]
     return bool(tail[-1] - tail[0] < EXACT_SPREAD)
 
 
 def _tied_cutoff(row: np.ndarray) -> bool:
     """Whether a quarter of the tail is no larger than the largest weight below it, on which the fit would divide by 0.
 
-    That is so for the weights of discrete draws, and where most weights are zero.
+    That is so for the weights of discrete draws, where most weights are zero, and where they underflow.
     """
     ordered, size = np.sort(row), _tail_size(row)
-    return bool(ordered[-size + int(size / 4 + 0.5) - 1] <= ordered[-size - 1] + EXACT_SPREAD)
+    quarter, cutoff = ordered[-size + int(size / 4 + 0.5) - 1], ordered[-size - 1]
+    return bool(quarter <= cutoff + EXACT_SPREAD or np.exp(quarter - row.max()) == np.exp(cutoff - row.max()))
 
 
 def _lattice_khat(row: np.ndarray) -> float:
-    """k-hat of weights with ties: of those above the tied value, or if these are too few, from it upwards."""
+    """k-hat of weights with ties: without zeros, and spread evenly from each value down to the next.
+
+    A power law on a lattice is one between its points as well, so the spread keeps its power.  A largest value that
+    came ten times is taken for a bound, which has every moment.
+    """
     from arviz_stats.base import array_stats
 
-    level = np.sort(row)[-_tail_size(row) - 1]
-    above, below = row[row > level + EXACT_SPREAD], row[row < level - EXACT_SPREAD]
-    if len(above) == 0:
+    row = row[row > -np.inf]
+    if len(row) < 25:
+        return np.inf
+    if _constant_tail(row) or np.count_nonzero(row > row.max() - EXACT_SPREAD) >= 10:
         return -np.inf
-    if len(above) < 5:
-        if len(below) == 0 or level == -np.inf:
-            return np.inf  # too few to tell
-        above, level = row[row >= level - EXACT_SPREAD], below.max()
-    if above.max() - above.min() < EXACT_SPREAD:
-        return -np.inf
-    above = np.sort(above)[:: len(above) // 1000 + 1]
-    size = len(above)
-    # So many copies of the level below that the fit takes just these for the tail.
-    count = 5 * size if size <= 45 else int((size / 3) ** 2)
-    return float(array_stats.psislw(-np.concatenate([np.full(count - size, level), above]))[1])
+    if _tied_cutoff(row):
+        ordered = np.sort(row)
+        first = np.concatenate([[True], np.diff(ordered) > EXACT_SPREAD])
+        group = np.cumsum(first) - 1
+        gaps = np.diff(ordered[first])
+        if np.exp(ordered[first][-2] - ordered[-1]) == 0:
+            return np.inf  # next to the largest weight all others vanish
+        count = np.bincount(group)
+        place = (np.arange(len(ordered)) - np.flatnonzero(first)[group] + 0.5) / count[group]
+        row = ordered - np.concatenate([gaps[:1], gaps])[group] * (1 - place)
+    return float(array_stats.psislw(-row)[1])
 
 
 def _logsumexp(values: np.ndarray) -> np.ndarray:
