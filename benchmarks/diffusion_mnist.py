@@ -68,18 +68,15 @@ class Clock:
 
     def __init__(self, seconds: float, rate: float, warm_up: int = 200) -> None:
         self.seconds, self.rate, self.warm_up = seconds, rate, warm_up
-        self.before = self.start = 0.0
-
-    @property
-    def used(self) -> float:
-        return self.before + time.process_time() - self.start
+        self.used = self.start = 0.0
 
     def on_start(self, run: Any) -> None:
-        self.start = time.process_time()
-        if self.before < self.seconds:
+        self.start = time.process_time() - self.used
+        if self.used < self.seconds:
             run.stopped = None  # a run that had ended goes on with a longer time
 
     def on_step(self, run: Any, loss: Any) -> None:
+        self.used = time.process_time() - self.start
         left = max(0.0, 1.0 - self.used / self.seconds)
         for group in run.optimizer.param_groups:
             group["lr"] = self.rate * min(left, (run.step + 1) / self.warm_up)
@@ -90,7 +87,7 @@ class Clock:
         return {"used": self.used}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.before = state["used"]
+        self.used = state["used"]
 
 
 def diffusion(channels: tuple[int, ...], num_layers: int | None) -> tuple[nn.Module, nn.Module]:
