@@ -5,6 +5,7 @@ A file is written under another name and gets its own once it is complete; an ex
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -158,9 +159,11 @@ class Zarr(_File):
 
     def finish(self) -> xr.DataTree:
         import xarray as xr
+        import zarr
 
+        zarr.consolidate_metadata(self.partial, zarr_format=2)
         os.replace(self.partial, self.path)
-        return xr.open_datatree(self.path, engine="zarr", consolidated=False, zarr_format=2)
+        return xr.open_datatree(self.path, engine="zarr")
 
 
 def open_store(path: str | os.PathLike[str] | None, make_tree: MakeTree, num_draws: int) -> Memory | NetCDF | Zarr:
@@ -169,6 +172,7 @@ def open_store(path: str | os.PathLike[str] | None, make_tree: MakeTree, num_dra
     Raises:
         ValueError: for another suffix.
         FileExistsError: if there is something at ``path``.
+        ImportError: for ``.zarr`` without the package.
     """
     if path is None:
         return Memory(make_tree, num_draws)
@@ -176,4 +180,6 @@ def open_store(path: str | os.PathLike[str] | None, make_tree: MakeTree, num_dra
     kinds: dict[str, type[NetCDF] | type[Zarr]] = {".nc": NetCDF, ".zarr": Zarr}
     if path.suffix not in kinds:
         raise ValueError(f"path must end in .nc (netCDF) or .zarr, got {str(path)!r}")
+    if path.suffix == ".zarr" and importlib.util.find_spec("zarr") is None:
+        raise ImportError("a .zarr path needs the package zarr, which is not installed: pip install zarr, or write .nc")
     return kinds[path.suffix](make_tree, path)

@@ -274,6 +274,8 @@ def test_written_as_they_come_the_draws_are_the_same(suffix, tmp_path):
         }
         for name, group in kept.children.items():
             xr.testing.assert_identical(written[name].to_dataset().drop_attrs().load(), group.to_dataset().drop_attrs())
+    with xr.open_datatree(path, engine="zarr" if suffix == ".zarr" else "h5netcdf") as again:
+        assert again["posterior"].sizes["draw"] == 7
     with pytest.raises(FileExistsError, match="is not overwritten"):
         to_datatree(regression, guide, covariate, y, path=path)
 
