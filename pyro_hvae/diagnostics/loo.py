@@ -9,44 +9,64 @@ weights that the draws of a tree call for.
 Where all latents are local to a datum, as in a VAE, leaving the datum out leaves its latents nothing but the prior, and
 the parameters, which were fitted to it, are left as they are: use data that were held out, :func:`held_out`.
 
-========================== =======================================================================================
-ArviZ function             on a tree of ``to_datatree``
-========================== =======================================================================================
-summary                    with ``kind="stats"``; R-hat and ESS of one guide's independent draws say nothing, those of
-                           several guides compare the runs
-loo_approximate_posterior, work, with ``lp`` and ``log_q`` of ``sample_stats`` as ``log_p`` and ``log_q``; the first is
-loo_subsample              :func:`loo`
-loo, loo_i, loo_metrics,   take no weights, and the draws for the posterior's: on a tree of ``resample``
-loo_r2, plot_loo_pit
-loo_pit, loo_expectations, with ``log_weights`` and ``pareto_k`` of :func:`loo` (for ``loo_pit`` as datasets, a variable
-loo_score                  a site), or on a tree of ``resample``
-compare, plot_compare      on results of :func:`loo` or :func:`held_out`, or by :func:`compare`
-plot_khat                  on a result of :func:`loo` or :func:`held_out`
-loo_moment_match, reloo,   no: they need the posterior's density on flat vectors, or a wrapper that fits again; train
-loo_kfold                  on a part of the data, and use :func:`held_out`
-psense, psense_summary,    work: prior and likelihood are scaled on the draws at hand, so for the guide, or for the
-plot_psense_*              posterior after ``resample``
-bayes_factor, plot_bf      work (the Savage-Dickey ratio, as good as the guide's density at the point)
-metrics, plot_ppc_*        work where they fit the kind of data: a rootogram takes counts, ``pava`` takes zeros and ones
-bayesian_r2, residual_r2   work where the mean of the data is a (deterministic) site
-plot_lm                    works with a covariate, a tensor among the arguments
-hdi, eti, mode, kde,       work; ``ecdf`` takes ``tree["posterior"].to_dataset()``
-histogram, ecdf, qds
-kl_divergence, wasserstein work between trees, of two guides say
-plot_dist, plot_forest,    work; the last needs the group ``prior``
-plot_ridge, plot_parallel,
-plot_pair, plot_pair_focus
-plot_prior_posterior
-plot_ecdf_pit              works on a group of PIT values or ranks
-rhat, rhat_nested,         across several guides, as a comparison of the runs; of one guide they say nothing
-plot_rank, plot_rank_dist
-ess, mcse, thin, plot_ess, run, to no purpose: that the draws are independent is known
-plot_mcse, plot_autocorr,
-plot_trace, plot_trace_dist
-bfmi, plot_energy          no: the energy of a Hamiltonian sampler is no quantity of a guide
-kaplan_meier,              no, unless the data are survival times with their censoring as an argument
-plot_ppc_censored
-========================== =======================================================================================
++-----------------------------+----------------------------------------------------------------------------------------+
+| ArviZ function              | on a tree of ``to_datatree``                                                           |
++=============================+========================================================================================+
+| summary                     | with ``kind="stats"``; R-hat and ESS of one guide's independent draws say nothing,     |
+|                             | those of several guides compare the runs                                               |
++-----------------------------+----------------------------------------------------------------------------------------+
+| loo_approximate_posterior,  | work, with ``lp`` and ``log_q`` of ``sample_stats`` as ``log_p`` and ``log_q``; the    |
+| loo_subsample               | first is :func:`loo`                                                                   |
++-----------------------------+----------------------------------------------------------------------------------------+
+| loo, loo_i, loo_metrics,    | take no weights, and the draws for the posterior's: on a tree of ``resample``          |
+| loo_r2, plot_loo_pit        |                                                                                        |
++-----------------------------+----------------------------------------------------------------------------------------+
+| loo_pit, loo_expectations,  | with ``log_weights`` and ``pareto_k`` of :func:`loo` (for ``loo_pit`` as datasets, a   |
+| loo_score                   | variable a site), or on a tree of ``resample``                                         |
++-----------------------------+----------------------------------------------------------------------------------------+
+| compare, plot_compare       | on results of :func:`loo` or :func:`held_out`, or by :func:`compare`                   |
++-----------------------------+----------------------------------------------------------------------------------------+
+| plot_khat                   | on a result of :func:`loo` or :func:`held_out`                                         |
++-----------------------------+----------------------------------------------------------------------------------------+
+| loo_moment_match, reloo,    | no: they need the posterior's density on flat vectors, or a wrapper that fits again;   |
+| loo_kfold                   | train on a part of the data, and use :func:`held_out`                                  |
++-----------------------------+----------------------------------------------------------------------------------------+
+| psense, psense_summary,     | work: prior and likelihood are scaled on the draws at hand, so for the guide, or for   |
+| ``plot_psense_*``           | the posterior after ``resample``                                                       |
++-----------------------------+----------------------------------------------------------------------------------------+
+| bayes_factor, plot_bf       | work (the Savage-Dickey ratio, as good as the guide's density at the point)            |
++-----------------------------+----------------------------------------------------------------------------------------+
+| metrics, ``plot_ppc_*``     | work where they fit the kind of data: a rootogram takes counts, ``pava`` takes zeros   |
+|                             | and ones                                                                               |
++-----------------------------+----------------------------------------------------------------------------------------+
+| bayesian_r2, residual_r2    | work where the mean of the data is a (deterministic) site                              |
++-----------------------------+----------------------------------------------------------------------------------------+
+| plot_lm                     | works with a covariate, a tensor among the arguments                                   |
++-----------------------------+----------------------------------------------------------------------------------------+
+| hdi, eti, mode, kde,        | work; ``ecdf`` takes ``tree["posterior"].to_dataset()``                                |
+| histogram, ecdf, qds        |                                                                                        |
++-----------------------------+----------------------------------------------------------------------------------------+
+| kl_divergence, wasserstein  | work between trees, of two guides say                                                  |
++-----------------------------+----------------------------------------------------------------------------------------+
+| plot_dist, plot_forest,     | work; the last needs the group ``prior``                                               |
+| plot_ridge, plot_parallel,  |                                                                                        |
+| plot_pair, plot_pair_focus  |                                                                                        |
+| plot_prior_posterior        |                                                                                        |
++-----------------------------+----------------------------------------------------------------------------------------+
+| plot_ecdf_pit               | works on a group of PIT values or ranks                                                |
++-----------------------------+----------------------------------------------------------------------------------------+
+| rhat, rhat_nested,          | across several guides, as a comparison of the runs; of one guide they say nothing      |
+| plot_rank, plot_rank_dist   |                                                                                        |
++-----------------------------+----------------------------------------------------------------------------------------+
+| ess, mcse, thin, plot_ess,  | run, to no purpose: that the draws are independent is known                            |
+| plot_mcse, plot_autocorr,   |                                                                                        |
+| plot_trace, plot_trace_dist |                                                                                        |
++-----------------------------+----------------------------------------------------------------------------------------+
+| bfmi, plot_energy           | no: the energy of a Hamiltonian sampler is no quantity of a guide                      |
++-----------------------------+----------------------------------------------------------------------------------------+
+| kaplan_meier,               | no, unless the data are survival times with their censoring as an argument             |
+| plot_ppc_censored           |                                                                                        |
++-----------------------------+----------------------------------------------------------------------------------------+
 """
 
 from __future__ import annotations
