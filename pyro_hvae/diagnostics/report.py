@@ -34,7 +34,7 @@ class Finding:
     source: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What :func:`pyro_hvae.diagnose` found.  Printed as text, shown as a table in notebooks, kept as JSON.
 
@@ -76,6 +76,8 @@ class Report:
         if table is not None:
             lines += ["", "layers", table.to_string()]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def table(self) -> Any:
         """A row a layer, ``pandas.DataFrame``; None where no latent is local to a datum."""
