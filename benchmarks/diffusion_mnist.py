@@ -12,6 +12,8 @@ and checkpoints under ``--runs`` that ``--resume`` goes on from.  Looking at the
   ``DiffusionELBO``; the evaluation is in continuous time and at T = 1000 and 100, ``--times`` layers an image.
 - ``hvae``: two latent layers, bottom-up guide, trained by ``LayerwiseELBO``; the evaluation is ``TraceELBO`` with
   ``--times`` draws an image, and ``IWELBO`` with 64.
+
+``--images`` looks at fewer test images.  The time of a run that was interrupted is what it had used by then.
 """
 
 from __future__ import annotations
@@ -199,7 +201,8 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--times", type=int, default=8)
+    parser.add_argument("--times", type=int, default=8, help="layers, or draws, an image")
+    parser.add_argument("--images", type=int, default=10_000, help="test images that are looked at, the first ones")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 64])
@@ -210,8 +213,7 @@ def main() -> None:
         options.minutes, options.times, options.channels = 0.05, 1, (8,)
     data = idx_folder(options.data, flat=False)
     x = binarize(data.test, generator=torch.Generator().manual_seed(0))
-    if options.short:
-        x = x[:50]
+    x = x[: 50 if options.short else options.images]
     options.runs.mkdir(parents=True, exist_ok=True)
     programs: dict[str, Callable[..., list[tuple[str, Tensor, float]]]] = {
         "vdm": bounds_of_vdm,
