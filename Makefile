@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 RUN := MPLBACKEND=Agg
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow mutants coverage lint docs bench install clean
+.PHONY: demo test test-slow mutants coverage lint docs links bench package install clean
 .DEFAULT_GOAL := test
 
 # torch is named first so that pip takes the wheel meant for this machine before anything else asks for torch.
@@ -44,7 +44,25 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python benchmarks/step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
+
+# Does every address in the pages answer?  Nothing is executed; links among the pages are checked by `make docs`.
+links: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx -D nb_execution_mode=off -b linkcheck docs docs/_build/links
+
+# Wheel and sdist, each installed into an environment of its own that has nothing else, and started there.
+package: $(STAMP)
+	$(BIN)/python -m pip install --quiet 'build>=1.2'
+	rm -rf dist build/clean
+	$(BIN)/python -m build --outdir dist
+	for file in dist/*.whl dist/*.tar.gz; do \
+		$(PYTHON) -m venv --clear build/clean && \
+		build/clean/bin/python -m pip install --quiet $(TORCH) --constraint constraints.txt && \
+		build/clean/bin/python -m pip install --quiet $(TORCH) --constraint constraints.txt $$file && \
+		build/clean/bin/pyro-hvae --help > /dev/null && \
+		(cd build && clean/bin/python -c 'import pyro_hvae; print(pyro_hvae.__version__, pyro_hvae.__file__)') || exit 1; \
+	done
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build

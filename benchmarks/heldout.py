@@ -131,10 +131,10 @@ def evidence(options: argparse.Namespace) -> Iterator[Row]:
     for which, chosen in {"trained": guide, "stopped early": poor}.items():
         for draws, betas in sizes:
             for method, run in {
-                f"IWELBO, K = {draws}": lambda draws=draws: ph.IWELBO(draws, chunk_size=500).per_datum(
+                f"IWELBO, K = {draws}": lambda draws=draws, chosen=chosen: ph.IWELBO(draws, chunk_size=500).per_datum(
                     model, chosen, images
                 ),
-                f"AIS, 16 chains, {betas} temperatures": lambda betas=betas: (
+                f"AIS, 16 chains, {betas} temperatures": lambda betas=betas, chosen=chosen: (
                     anneal(model, chosen, images, num_chains=16, betas=betas).log_weights.logsumexp(0) - math.log(16)
                 ),
             }.items():

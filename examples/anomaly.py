@@ -66,7 +66,7 @@ print(f"images with a Pareto k-hat above 0.7: {(evidence.khat > 0.7).double().me
 
 figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
 for name, values in {"familiar": known, "flipped pixels": flipped, f"digit {STRANGER}": unknown}.items():
-    axis.hist(values["log p(x)"], 30, density=True, histtype="step", lw=1.5, label=name)
+    axis.hist(values["log p(x)"], range(-64, -8, 2), density=True, histtype="step", lw=1.5, label=name)
 axis.set(xlabel="log p(x), nats", ylabel="density")
 axis.legend(frameon=False)
 options.out.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def train(fabric, epochs):
     torch.manual_seed(1)
     score = ph.IWELBO(200).per_datum(model, guide, held_out).mean().item()
     weights = torch.cat([p.detach().flatten() for p in (*model.parameters(), *guide.parameters())])
-    spread = 0.0 if fabric.world_size == 1 else float((weights - fabric.broadcast(weights, 0)).abs().max())
+    spread = 0.0 if fabric.world_size == 1 else float((fabric.all_gather(weights) - weights).abs().max())
     history = [(record["step"], record["loss"]) for record in result.history if "loss" in record]
     return {"held-out nats": score, "spread": spread, "seconds": seconds, "history": history}
 
