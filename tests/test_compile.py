@@ -15,6 +15,7 @@ from torch import nn
 from pyro_hvae.bounds import IWELBO, LayerwiseELBO, Regularised, TraceELBO, warm_up
 from pyro_hvae.compile import CompiledStep, CompileMismatchError, CompileWarning, NotTraceable, compile_step, trace
 from pyro_hvae.compile.graph import split_batch
+from pyro_hvae.compile.program import same
 from pyro_hvae.models import hvae, vae
 from pyro_hvae.training import fit
 from pyro_hvae.training.objective import PairObjective
@@ -350,9 +351,25 @@ def test_another_generators_noise_is_refused(batches):
     assert torch.equal(before, state_of(objective))
 
 
+def test_round_off_is_no_mismatch_and_more_is():
+    one = torch.ones(100, dtype=torch.float32)
+    labels = ["the loss", "the gradient of w"]
+    same("the graph", labels, (one * (1 + 1e-4), one), (one, one))
+    same("the graph", labels, (one, 2e-9 * one), (one, 1e-9 * one))  # what is left where parts of size one cancel
+    with pytest.raises(CompileMismatchError, match="the loss is off by"):
+        same("the graph", labels, (one * 1.001, one), (one, one))
+    exact = one.double()
+    with pytest.raises(CompileMismatchError, match="the gradient of w is off by"):
+        same("the graph", labels, (exact, exact * (1 + 1e-4)), (exact, exact))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"backend": "magic"}, "backend must be"), ({"noise": "loud"}, "noise must be")],
+    [
+        ({"backend": "magic"}, "backend must be"),
+        ({"noise": "loud"}, "noise must be"),
+        ({"products": "slowest"}, "products must be"),
+    ],
 )
 def test_refused_arguments(batches, options, message):
     objective, optimizer = small(TraceELBO())
@@ -383,10 +400,15 @@ def test_fit_compiled_ends_where_fit_eager_does(accumulate):
     torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
 
 
-def test_inductor_equals_eager(batches):
+@pytest.mark.parametrize(
+    "bound",
+    [TraceELBO(), pytest.param(IWELBO(num_particles=3, gradient="dreg"), marks=pytest.mark.slow)],
+    ids=["elbo", "dreg"],
+)
+def test_inductor_equals_eager(batches, bound):
     """Loss and gradients (as first moments) of the compiled code are checked by compile_step itself; here the path."""
-    objective, optimizer = small(TraceELBO())
-    other, reference = small(TraceELBO())
+    objective, optimizer = small(bound)
+    other, reference = small(bound)
     step = compile_step(objective, optimizer, batches[0][0])
     eager = CompiledStep(other, reference)
     eager.fallback = "on purpose"

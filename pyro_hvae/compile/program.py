@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_hvae.compile.graph import FlatGraph
+from pyro_hvae.compile.products import assign_products
 from pyro_hvae.compile.update import AdamState, adam_update, clip
 
 __all__ = ["CompileMismatchError", "Program", "same"]
@@ -32,8 +33,9 @@ class Program:
         backend: str,
         noise: str,
         steps: int,
+        products: dict[str, str] | None,
     ) -> None:
-        self.steps = steps
+        self.steps, self.products = steps, products
         self.flat, self.trained, self.state = flat, trained, state
         self.clip_norm, self.backend, self.noise = clip_norm, backend, noise
         self._compiled: Callable[..., Any] | None = None
@@ -65,8 +67,13 @@ class Program:
         else:
             with torch.no_grad():
                 self._graph = make_fx(self._step, tracing_mode="fake")(*self._held, *inputs)
+        graph = self._graph
+        if self.products is not None:
+            with torch.no_grad():
+                graph = make_fx(graph, tracing_mode="fake")(*self._held, *inputs)
+            assign_products(graph, self.products)
         if self.backend == "eager":
-            self._compiled = self._graph
+            self._compiled = graph
             return
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside of torch
@@ -74,7 +81,7 @@ class Program:
             from torch._inductor.compile_fx import compile_fx
 
             with config.patch(fallback_random=self.noise == "eager"):
-                compiled: Any = compile_fx(self._graph, [*self._held, *inputs])
+                compiled: Any = compile_fx(graph, [*self._held, *inputs])
             self._compiled = compiled
 
     def _step(self, *tensors: Tensor) -> Tensor:

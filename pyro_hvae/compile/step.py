@@ -29,6 +29,7 @@ def compile_step(
     clip_norm: float | None = None,
     backend: str = "inductor",
     noise: str = "eager",
+    products: str = "blas",
     steps: int = 1,
     check: bool = True,
 ) -> CompiledStep:
@@ -47,6 +48,8 @@ def compile_step(
         backend: ``"inductor"``, or ``"eager"`` to run the flat graph without compiling it.
         noise: ``"eager"`` draws what the eager program would draw from the same generator state; ``"fused"`` draws
             inside the compiled kernels, by another generator seeded from torch's: faster for many draws.
+        products: ``"blas"`` leaves matrix products to torch; ``"fastest"`` measures, when a graph is made, which of
+            the libraries that torch brings along is faster for each float32 product on this processor.
         steps: how many steps one call makes.  Above one, every tensor of a batch has a further leading dimension of
             that size, the loss has shape ``(steps,)``, and weights that follow the step stay the same during a call.
             Compiling takes as many times longer.
@@ -58,7 +61,7 @@ def compile_step(
 
     Raises:
         CompileMismatchError: if the check fails; nothing has been changed then.
-        ValueError: for an unknown backend or noise, or an optimiser that misses parameters of the objective.
+        ValueError: for an unknown backend, noise or products, or an optimiser that misses parameters of the objective.
 
     What the program reads from Python at every step (an attribute that counts, a float that is annealed) is read
     once; keep such things in tensors, or use :class:`pyro_hvae.bounds.Regularised`, whose weights are.
@@ -89,8 +92,9 @@ def compile_step(
         0.5
     """
     step = CompiledStep(
-        objective, optimizer, clip_norm=clip_norm, backend=backend, noise=noise, steps=steps, check=check
-    )
+        objective, optimizer, clip_norm=clip_norm, backend=backend, noise=noise, products=products, steps=steps,
+        check=check,
+    )  # fmt: skip
     if isinstance(example, Mapping):
         step.prepare((), example)
     else:
@@ -104,6 +108,7 @@ class CompiledStep:
     Attributes:
         fallback: why and where the program could not be traced; None if it could.
         seconds: spent tracing and compiling so far.
+        products: which library each shape of a matrix product goes to, with ``products="fastest"``; otherwise None.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class CompiledStep:
         clip_norm: float | None = None,
         backend: str = "inductor",
         noise: str = "eager",
+        products: str = "blas",
         steps: int = 1,
         check: bool = True,
         fuse_optimizer: bool = True,
@@ -122,11 +128,14 @@ class CompiledStep:
             raise ValueError(f"backend must be 'inductor' or 'eager', got {backend!r}")
         if noise not in ("eager", "fused"):
             raise ValueError(f"noise must be 'eager' or 'fused', got {noise!r}")
+        if products not in ("blas", "fastest"):
+            raise ValueError(f"products must be 'blas' or 'fastest', got {products!r}")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.steps = steps
         self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
         self.backend, self.noise, self.check = backend, noise, check
+        self.products: dict[str, str] | None = {} if products == "fastest" else None
         self.fuse_optimizer = fuse_optimizer and supports(optimizer)
         if steps > 1 and not self.fuse_optimizer:
             raise ValueError(f"several steps a call need torch.optim.Adam or AdamW, got {type(optimizer).__name__}")
@@ -217,10 +226,10 @@ class CompiledStep:
                 state = self._state
         if state is None and self.steps > 1:
             raise ValueError("several steps a call need the same parameters to have a gradient in every batch")
-        program = Program(flat, trained, state, self.clip_norm, self.backend, self.noise, self.steps)
+        program = Program(flat, trained, state, self.clip_norm, self.backend, self.noise, self.steps, self.products)
         if self.check:
             labels, noise = self._compare(program, one_args, one_kwargs)
-            if self.backend == "inductor" and self.noise == "eager":
+            if (self.backend == "inductor" or self.products is not None) and self.noise == "eager":
                 program.verify(split_batch(args, kwargs)[0], noise, labels)
         return program
 

@@ -332,6 +332,7 @@ class Run:
             "records": len(self.history),
             "best": self.best,
             "stopped": None if self._signal is not None else self.stopped,
+            "products": getattr(self._take_step, "state_dict", lambda: None)(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "ema": None if self.averages is None else self.averages.state_dict(),
@@ -368,6 +369,8 @@ class Run:
         self._since_record, self._terms_due = state["since"], state["terms_due"]
         self.feed.load_state_dict(state["feed"])
         self._sum.copy_(state["sum"])
+        if state.get("products") and hasattr(self._take_step, "load_state_dict"):
+            self._take_step.load_state_dict(state["products"])
         self.best, self.stopped, self._saved = state["best"], state["stopped"], state["step"]
         for callback, kept in zip(self.callbacks, state["callbacks"], strict=False):
             if kept is not None:
