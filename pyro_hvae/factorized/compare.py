@@ -230,13 +230,13 @@ def _row(posterior: Posterior, guide: Program, num_samples: int) -> tuple[Tensor
         # A table can't hold a probability of exactly 0; what is below the smallest number counts as one.
         reverse = torch.where(log_q.exp() <= 1e-30, 0.0, terms).sum(0)
         return forward, none, reverse, none, khat
-    # log p(x) is an estimate from the same draws, so the two errors are not independent: to first order the estimate
-    # of KL(p||q) moves with sum_k w_k (gap_k - mean - 1) and not with gap alone.
-    exact = isinstance(posterior, Gaussian)
-    error = (weights**2 * (gap - mean - (0.0 if exact else 1.0)) ** 2).sum(0)
+    # log p(x) is an estimate from the same draws, so to first order that of KL(p||q) moves with both of its parts.
+    moves = weights * (gap - mean)
+    if not isinstance(posterior, Gaussian):
+        moves = moves - weights + 1 / len(weights)
     reverse = posterior.log_evidence - raw.mean(0)
     reverse_error = (raw.var(0) / len(raw) + posterior.stderr**2).sqrt()
-    return forward, error.sqrt(), reverse, reverse_error, khat
+    return forward, (moves**2).sum(0).sqrt(), reverse, reverse_error, khat
 
 
 def _mean(value: Tensor) -> str:

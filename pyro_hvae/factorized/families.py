@@ -272,12 +272,12 @@ FAMILIES: dict[str, type[Family]] = {
 """By name; where none is named, the first that fits a site's support is taken."""
 
 
-def family_for(site: Site, named: Any, like: Tensor) -> PyroModule:
+def family_for(site: Site, named: Any, like: Tensor) -> nn.Module:
     """The factor of a site: by name, by support where ``named`` is None, or a callable that makes a module.
 
     Raises:
-        ValueError: for an unknown name, a family that does not live on the site's support, or a support that no
-            family here lives on.
+        ValueError: for an unknown name, a family that does not live on the site's support, a support that no family
+            here lives on, or a maker of something else than modules.
     """
     if named is None:
         for family in FAMILIES.values():
@@ -296,7 +296,24 @@ def family_for(site: Site, named: Any, like: Tensor) -> PyroModule:
                 f"family {named!r} is for {family.supports}, and site '{site.name}' has support {site.support}"
             )
         return family(site, like)
-    return named()
+    return checked(site, named)
+
+
+def checked(site: Site, maker: Any) -> nn.Module:
+    """The module that a user's maker makes, if its distribution has the site's event shape."""
+    where = f"families['{site.name}']"
+    if not callable(maker) or isinstance(maker, (nn.Module, torch.distributions.Distribution)):
+        raise ValueError(f"{where} is {maker!r}; a name, or a callable without arguments that makes a module, is meant")
+    module = maker()
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"{where} makes a {type(module).__name__}, which is no module: nothing of it can be fitted. Put its "
+            "parameters into a torch.nn.Module whose forward() returns the distribution"
+        )
+    found = module().event_shape
+    if found != site.event_shape:
+        raise ValueError(f"{where} has event shape {tuple(found)}, and the site {tuple(site.event_shape)}")
+    return module
 
 
 def fit_by_gradient(module: nn.Module, values: Tensor, weights: Tensor, *, steps: int = 300) -> None:
