@@ -147,10 +147,10 @@ def main() -> None:
     # strokes: images whose pixels hang together, so that there is something to learn
     prototypes = (torch.rand(10, 784) < 0.2).float()
     x = (prototypes[torch.randint(10, (BATCH,))] - (torch.rand(BATCH, 784) < 0.05).float()).abs()
-    rounds = 20 if options.short else 200
+    rounds = 20 if options.short else 60
     order = ("what", "pythae", "this library", "compiled", "truth")
     rows = [speed(particles, x, rounds, not options.short) for particles in (1, PARTICLES)]
-    rows += values(x, 20 if options.short else 100)
+    rows += values(x, 20 if options.short else 60)
     rows = [{name: row[name] for name in order} for row in rows]
     print(show(rows))
     write(options.csv, rows)
