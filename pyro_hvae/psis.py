@@ -62,7 +62,11 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
             elif _tied_cutoff(flat[row]):  # a lattice, of which smoothing would make something else
                 khat[row] = _lattice_khat(flat[row])
             elif not _constant_tail(flat[row]):
-                smoothed[row], khat[row] = array_stats.psislw(-flat[row])
+                fitted, shape = array_stats.psislw(-flat[row])
+                if np.isnan(shape):  # ArviZ 1.x wants some draws more for a tail
+                    khat[row] = np.inf
+                else:
+                    smoothed[row], khat[row] = fitted, shape
         smoothed -= _logsumexp(smoothed)
     normalised = torch.as_tensor(smoothed).to(log_weights).reshape(weights.shape)
     return normalised.movedim(-1, dim), torch.as_tensor(khat).to(log_weights).reshape(spread.shape)

@@ -78,7 +78,7 @@ def test_too_few_draws_to_tell_are_not_smoothed(draws):
     smoothed, khat = psis(log_weights)
     assert (khat == torch.inf).all()
     torch.testing.assert_close(smoothed, log_weights.log_softmax(0))
-    assert psis(torch.randn(25, 3))[1].isfinite().all()
+    assert psis(torch.randn(40, 3))[1].isfinite().all()  # ArviZ's releases differ in where they begin
 
 
 def test_weights_on_a_lattice():
