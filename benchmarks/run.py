@@ -27,7 +27,7 @@ STEP = "step.py --cases vae hvae2 --only pyro svi module hand compiled numpyro -
 COMMANDS = {  # name: (command, command of the short mode, a package it can't do without)
     "correctness": ("correctness.py", "correctness.py --short", None),
     "step": (STEP, "step.py --cases vae --rounds 10 --only pyro svi module hand", None),
-    "heldout": ("heldout.py --seconds 20", "heldout.py --short", "sklearn"),
+    "heldout": ("heldout.py --seconds 10 --jobs 5", "heldout.py --short", "sklearn"),
     "evidence": ("heldout.py --evidence --seconds 15", "heldout.py --evidence --short", "sklearn"),
     "pythae": ("pythae_vae.py", "pythae_vae.py --short", "pythae"),
 }

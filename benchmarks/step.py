@@ -239,7 +239,7 @@ def main() -> None:
         )
         compiling = f"  compiled in {seconds:.0f} s" if seconds else ""
         print(f"{case:7s} {name:9s} {milliseconds:8.3f} ms  {ratios}{compiling}", flush=True)
-        rows.append((case, name, milliseconds, seconds))
+        rows.append((case, name, f"{milliseconds:.2f}", f"{seconds:.0f}"))
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
