@@ -17,6 +17,7 @@ import xarray
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 import pyro_hvae as ph
+from pyro_hvae.diagnostics import loo
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--short", action="store_true", help="a few steps only")
@@ -52,7 +53,7 @@ for tails, style in (("heavy", "-"), ("light", "--")):
     tree = ph.to_datatree(model, guide, dose, response, tails=tails, num_draws=2000)
     print(f"\n{tails} tails")
     print(arviz_stats.summary(tree, kind="stats"))
-    scores[tails] = arviz_stats.loo(tree)
+    scores[tails] = loo(tree)
     draws = tree["posterior"].to_dataset()
     lines = draws["intercept"] + draws["slope"] * xarray.DataArray(dose.numpy(), dims="subject")
     low, middle, high = lines.quantile([0.05, 0.5, 0.95], dim=("chain", "draw"))

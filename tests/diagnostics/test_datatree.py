@@ -230,6 +230,22 @@ def test_independent_guides_become_chains():
         to_datatree(model, [guide, short], x, num_draws=3)
 
 
+def test_pairs_trained_together_become_chains():
+    """Restarts of a VAE have a decoder each, so each guide comes with its model."""
+    cases = [linear_gaussian(1, size=3), linear_gaussian(1, size=3)]
+    with torch.no_grad():
+        cases[1].model.x.bias.add_(100.0)
+    x = cases[0].x
+    pairs = [case.model for case in cases], [case.exact for case in cases]
+    tree = to_datatree(*pairs, x, num_draws=20)
+    assert float(tree["posterior_predictive"]["x"].sel(chain=1).mean()) > 50
+    assert abs(float(tree["posterior_predictive"]["x"].sel(chain=0).mean())) < 50
+    weights = tree["sample_stats"]["log_weight"]
+    assert float(weights.sel(chain=0).std("draw").max()) < 1e-9  # the guide is exact for the first model only
+    with pytest.raises(ValueError, match=r"2 model\(s\) and 1 guide\(s\)"):
+        to_datatree(pairs[0], cases[0].exact, x)
+
+
 def test_a_sampler_that_has_run():
     x = torch.randn(4, 3)
     sampler = MCMC(NUTS(model), num_samples=12, warmup_steps=5, disable_progbar=True)
