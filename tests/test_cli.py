@@ -191,6 +191,30 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, word
     assert message in lines[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["fit", "run", "nowhere.npy", "--pair", "pyro_hvae.models.vae", "--steps", 1], "missing"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["sample", "nowhere"], "nowhere"),
+        (["diagnose", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_every_verb_leaves_with_code_2_and_one_line(tmp_path, words, what):
+    (line,) = run(*words, cwd=tmp_path, code=2).stderr.strip().splitlines()
+    assert line.startswith(f"pyro-hvae {words[0]}: ")
+    assert what in line
+
+
+@pytest.mark.slow
+def test_demo_as_a_verb(tmp_path):
+    out = run("demo", "--seconds", 0.2, "--out", "demo", "--progress", "false", cwd=tmp_path).stdout
+    assert "written to demo" in out
+    assert json.loads((tmp_path / "demo" / "results.json").read_text())
+
+
 def test_grey_pixels_are_refused_in_one_line_and_debug_shows_the_traceback(tmp_path):
     np.save(tmp_path / "grey.npy", np.full((4, 6), 0.3))
     words = ["fit", "run", "grey.npy", "--pair", "pyro_hvae.models.vae", "--pair_args.event_shape", "6",
