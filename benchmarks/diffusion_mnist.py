@@ -5,8 +5,8 @@
 Images are drawn anew from their grey values, x ~ Bernoulli(g), whenever they are used in training; the test images are
 drawn once, by a seed of their own.  Both programs define a probability of the same 784 binary pixels (the diffusion
 sees them as -1 and 1), so that their bounds are one quantity.  Each is trained by ``fit`` until the process has used
-``--minutes`` of processor time on it, with the learning rate going down to zero by then, an average of the parameters,
-and checkpoints under ``--runs`` that ``--resume`` goes on from.  Looking at the test images is not counted.
+``--minutes`` of processor time on it, with the learning rate going down to zero by then, and checkpoints under
+``--runs`` that ``--resume`` goes on from.  Looking at the test images is not counted.
 
 - ``vdm``: continuous time, learned schedule, a U-Net on 2 x 2 patches that predicts the image, trained by
   ``DiffusionELBO``; the evaluation is in continuous time and at T = 1000 and 100, ``--times`` layers an image.
@@ -106,7 +106,7 @@ def diffusion(channels: tuple[int, ...], num_layers: int | None) -> tuple[nn.Mod
 
 def train(
     name: str, model: nn.Module, guide: nn.Module, data: Tensor, bound: Any, transform: Any, options: Any
-) -> tuple[Any, Clock]:
+) -> Clock:
     clock = Clock(60 * options.minutes, options.rate)
     result = ph.fit(
         model,
@@ -117,7 +117,6 @@ def train(
         batch_size=options.batch_size,
         transform=transform,
         seed=0,
-        ema=0.999 if not options.short else 0.5,
         clip_norm=100.0,
         run_dir=options.runs / name,
         resume=options.resume,
@@ -128,7 +127,7 @@ def train(
         log_every=100,
     )
     print(f"{name}: {result.steps} steps, {clock.used / 60:.1f} minutes of processor time", flush=True)
-    return result, clock
+    return clock
 
 
 def measured(bound: Any, model: nn.Module, guide: nn.Module, x: Tensor, rows: int) -> Tensor:
@@ -140,44 +139,38 @@ def measured(bound: Any, model: nn.Module, guide: nn.Module, x: Tensor, rows: in
 def bounds_of_vdm(x: Tensor, data: Tensor, options: Any) -> list[tuple[str, Tensor, float]]:
     torch.manual_seed(1)
     model, guide = diffusion(options.channels, None)
-    result, clock = train("vdm", model, guide, data, DiffusionELBO(), to_signs, options)
+    clock = train("vdm", model, guide, data, DiffusionELBO(), to_signs, options)
+    model.eval()
     found = []
-    with result.averages.applied():
-        model.eval()
-        for num_layers in (None, 1000, 100):
-            same = diffusion(options.channels, num_layers)
-            same[0].load_state_dict(model.state_dict())
-            same[0].eval()
-            torch.manual_seed(2)
-            value = measured(DiffusionELBO(options.times), *same, 2 * x - 1, 200)
-            label = "DiffusionELBO, continuous" if num_layers is None else f"DiffusionELBO, T={num_layers}"
-            found.append((f"vdm: {label}", value, clock.used))
-        few = (2 * x - 1)[:200]
-        terms = DiffusionELBO(options.times).terms(model, guide, few)
-        print("vdm, terms in nats: " + ", ".join(f"{key} {float(value.mean()):.2f}" for key, value in terms.items()))
-        ends = model.schedule(torch.tensor([0.0, 1.0])).tolist()
-        print(f"vdm, learned ends of gamma: {ends[0]:.2f} and {ends[1]:.2f}")
-        with torch.no_grad():
-            drawn = dpm_solver(model, 40, num_steps=5 if options.short else 60)
-        picture(drawn, options.runs / "vdm.png")
+    for num_layers in (None, 1000, 100):
+        same = diffusion(options.channels, num_layers)
+        same[0].load_state_dict(model.state_dict())
+        same[0].eval()
+        torch.manual_seed(2)
+        value = measured(DiffusionELBO(options.times), *same, 2 * x - 1, 200)
+        label = "DiffusionELBO, continuous" if num_layers is None else f"DiffusionELBO, T={num_layers}"
+        found.append((f"vdm: {label}", value, clock.used))
+    terms = DiffusionELBO(options.times).terms(model, guide, (2 * x - 1)[:200])
+    print("vdm, terms in nats: " + ", ".join(f"{key} {float(value.mean()):.2f}" for key, value in terms.items()))
+    ends = model.schedule(torch.tensor([0.0, 1.0])).tolist()
+    print(f"vdm, learned ends of gamma: {ends[0]:.2f} and {ends[1]:.2f}")
+    picture(dpm_solver(model, 40, num_steps=5 if options.short else 60), options.runs / "vdm.png")
     return found
 
 
 def bounds_of_hvae(x: Tensor, data: Tensor, options: Any) -> list[tuple[str, Tensor, float]]:
     torch.manual_seed(1)
     model, guide = ph.hvae(784, (64, 32), hidden=[(512, 512), (256, 256)])
-    result, clock = train("hvae", model, guide, data.flatten(1), ph.LayerwiseELBO(), binarize, options)
+    clock = train("hvae", model, guide, data.flatten(1), ph.LayerwiseELBO(), binarize, options)
+    torch.manual_seed(2)
     found = []
-    with result.averages.applied():
-        torch.manual_seed(2)
-        flat = x.flatten(1)
-        for label, bound in (
-            ("TraceELBO", ph.TraceELBO(num_particles=options.times)),
-            ("IWELBO(64)", ph.IWELBO(num_particles=64)),
-        ):
-            found.append((f"hvae: {label}", measured(bound, model, guide, flat, 100), clock.used))
-        with torch.no_grad():
-            picture(2 * ph.decode(model, {}, size=40).mean - 1, options.runs / "hvae.png")
+    for label, bound in (
+        ("TraceELBO", ph.TraceELBO(num_particles=options.times)),
+        ("IWELBO(64)", ph.IWELBO(num_particles=64)),
+    ):
+        found.append((f"hvae: {label}", measured(bound, model, guide, x.flatten(1), 100), clock.used))
+    with torch.no_grad():
+        picture(2 * ph.decode(model, {}, size=40).mean - 1, options.runs / "hvae.png")
     return found
 
 
