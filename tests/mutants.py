@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-B, T, D, E = "tests/bounds", "tests/traces", "tests/diffusion", "tests/evidence"
+B, T, D, E, F = "tests/bounds", "tests/traces", "tests/diffusion", "tests/evidence", "tests/factorized"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
@@ -75,6 +75,26 @@ MUTANTS = [
     ("evidence/annealed.py", "total = total + float(betas[t] - betas[t - 1]) * difference(state)",
      "total = total + float(betas[t]) * difference(state)", f"{E}"),
     ("evidence/annealed.py", "state = move(state, t - 1 if reverse else t)", "state = move(state, t)", f"{E}"),
+    ("factorized/forward.py", "diagonal = matrix.diagonal(dim1=-2, dim2=-1)[..., index].log()",
+     "diagonal = 0.9 * matrix.diagonal(dim1=-2, dim2=-1)[..., index].log()", f"{F}/test_exact.py"),
+    ("factorized/forward.py", "centred = (flat - mean) * weights.sqrt()", "centred = (flat - mean) * weights",
+     f"{F}/test_weighted.py"),
+    ("factorized/forward.py", "index = index * len(support)", "index = index", f"{F}/test_exact.py"),
+    ("factorized/families.py", "log_a = log_a - (log_a - a.digamma() - s) / (1 - a * torch.polygamma(1, a))",
+     "log_a = log_a", f"{F}/test_weighted.py"),
+    ("factorized/posterior.py", "log_q = torch.stack(at_all).logsumexp(0) - math.log(len(proposals))",
+     "log_q = torch.stack(at_all).logsumexp(0)", f"{F}/test_weighted.py"),
+    ("factorized/posterior.py", "0.5 * dims * math.log(2 * math.pi) - log_det", "0.5 * dims - log_det",
+     f"{F}/test_exact.py"),
+    ("factorized/posterior.py", "if there is None or bool(", "if there is None and bool(", f"{F}/test_weighted.py"),
+    ("factorized/reverse.py", "index_add_(0, codes, others * log_joint)", "index_add_(0, codes, log_joint)",
+     f"{F}/test_exact.py"),
+    ("factorized/reverse.py", "better = elbo > best + 1e-12", "better = elbo < best - 1e-12", f"{F}/test_exact.py"),
+    ("factorized/compare.py", "moves = moves - weights + 1 / len(weights)", "moves = moves - weights",
+     f"{F}/test_weighted.py"),
+    ("factorized/guide.py", "loc = loc + (self.gain @ torch.cat(known, -1)[..., None])[..., 0]", "loc = loc + 0.0",
+     f"{F}/test_weighted.py"),
+    ("psis.py", "gaps = np.diff(ordered[first])", "gaps = 0 * np.diff(ordered[first])", "tests/test_psis.py"),
     ("psis.py", "array_stats.psislw(-flat[row])", "array_stats.psislw(flat[row])", "tests/diagnostics"),
 ]  # fmt: skip
 

@@ -21,8 +21,7 @@ from pyro_hvae.factorized.posterior import (
     Gaussian,
     Posterior,
     Weighted,
-    exact_posterior,
-    joint_of,
+    exactly,
 )
 from pyro_hvae.factorized.reverse import reverse_kl
 from pyro_hvae.psis import good_khat, pareto_khat
@@ -32,7 +31,7 @@ __all__ = ["Comparison", "compare"]
 Program = Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Divergences of guides from one posterior, in nats.
 
@@ -95,7 +94,7 @@ class Comparison:
         arrays = {name: (dims, value.detach().cpu().numpy()) for name, (dims, value) in found.items()}
         return xr.Dataset(arrays, coords={"guide": list(self.names)}, attrs=attrs)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         count = self.log_evidence.numel()
         good = good_khat(self.num_samples)
         head = f"posterior by {self.how}: log p(x) {_mean(self.log_evidence)}"
@@ -171,11 +170,8 @@ def compare(
         }
     elif not guides:
         raise ValueError("guides is empty: give guides by name, or None for the two products")
-    if num_samples < 100:
-        raise ValueError(f"moments and tails want some hundreds of draws, at least 100; got num_samples={num_samples}")
+    joint, exact = exactly(model, args, kwargs, proposal, num_samples)
     with torch.no_grad():
-        joint = joint_of(model, args, kwargs, proposal)
-        exact = exact_posterior(joint)
         posterior: Posterior
         if exact is None:
             posterior = Weighted(joint, [joint.base, *guides.values()], num_samples * (len(guides) + 1))

@@ -17,16 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hvae.factorized.families import Family, fit_by_gradient
+from pyro_hvae.factorized.families import Bernoulli, Categorical, Family, fit_by_gradient
 from pyro_hvae.factorized.guide import GaussianGiven, ProductGuide, TableGiven
 from pyro_hvae.factorized.posterior import (
     Configurations,
     Gaussian,
+    Joint,
     Posterior,
+    Weighted,
     elements_of,
-    posterior_of,
+    exactly,
 )
 from pyro_hvae.factorized.sites import Latents, support_of
+from pyro_hvae.factorized.tables import eliminated
 from pyro_hvae.psis import good_khat
 
 __all__ = ["forward_kl", "match", "total_correlation"]
@@ -45,9 +48,9 @@ def forward_kl(
 ) -> ProductGuide:
     r"""The product of factors that minimises KL(p(z|x)||q(z)): the posterior's marginals.
 
-    Exact where every latent is discrete with few configurations, by enumeration, and where the posterior is Gaussian.
-    Elsewhere draws of ``proposal`` are weighted (with smoothed weights), and each factor is matched to them: by
-    expectations of its sufficient statistics where it is an exponential family, else by gradient.
+    Exact where every latent is discrete, by enumeration or, with many of them, variable elimination; and where the
+    posterior is Gaussian.  Elsewhere draws of ``proposal`` are weighted (with smoothed weights), and each factor is
+    matched to them: by expectations of its sufficient statistics where it is an exponential family, else by gradient.
 
     Args:
         model: a Pyro program, called with ``args`` and ``kwargs``.
@@ -83,8 +86,12 @@ def forward_kl(
         >>> q.mean.round(decimals=4), q.variance.round(decimals=4)  # the marginal: 1 - 1/3
         (tensor(1.), tensor(0.6667))
     """
-    posterior = posterior_of(model, args, kwargs, proposal, num_samples)
-    guide = ProductGuide(posterior.joint.latents, families, blocks, name="forward_kl")
+    joint, posterior = exactly(model, args, kwargs, proposal, num_samples)
+    guide = ProductGuide(joint.latents, families, blocks, name="forward_kl")
+    if posterior is None and set_tables(guide, joint):
+        return guide
+    if posterior is None:
+        posterior = Weighted(joint, [joint.base], num_samples)
     match(guide, posterior, num_samples)
     worst = float(posterior.khat.max())
     good = good_khat(num_samples)
@@ -125,8 +132,8 @@ def total_correlation(model: Program, *args: Any, blocks: Sequence[Sequence[str]
         >>> total_correlation(model, torch.tensor(3.0))  # -log(1 - 1/4)/2, as the correlation is -1/2
         tensor(0.1438)
     """
-    posterior = posterior_of(model, args, kwargs, None, 100)
-    guide = ProductGuide(posterior.joint.latents, None, blocks)
+    joint, posterior = exactly(model, args, kwargs, None, 100)
+    guide = ProductGuide(joint.latents, None, blocks)
     if not isinstance(posterior, (Configurations, Gaussian)):
         raise ValueError(
             "the total correlation is known for Gaussian posteriors and for tables of few configurations; for others "
@@ -134,6 +141,21 @@ def total_correlation(model: Program, *args: Any, blocks: Sequence[Sequence[str]
         )
     match(guide, posterior, 100)
     return divergence_from(posterior, guide)
+
+
+def set_tables(guide: ProductGuide, joint: Joint) -> bool:
+    """Set all factors to marginal tables by variable elimination; False where that can't be done."""
+    factors = {name: guide.factor(name) for name in guide.latents.sites}
+    if not all(isinstance(factor, (Bernoulli, Categorical)) for factor in factors.values()):
+        return False
+    tables = eliminated(joint)
+    if tables is None:
+        return False
+    for name, factor in factors.items():
+        factor.from_tables(tables[name])
+    guide.khat = joint.latents.like.new_full(joint.latents.data_shape, -torch.inf)
+    guide.how = "marginals by variable elimination"
+    return True
 
 
 def divergence_from(posterior: Configurations | Gaussian, guide: ProductGuide) -> Tensor:

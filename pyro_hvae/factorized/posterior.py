@@ -27,7 +27,7 @@ from pyro_hvae.psis import psis
 from pyro_hvae.traces import Evaluator, Reading, prior_guide, read
 from pyro_hvae.traces.reading import total
 
-__all__ = ["Configurations", "Gaussian", "Joint", "Posterior", "Weighted", "posterior_of"]
+__all__ = ["Configurations", "Gaussian", "Joint", "Posterior", "Weighted", "exactly"]
 
 Program = Callable[..., Any]
 
@@ -129,8 +129,12 @@ class Weighted(Posterior):
     """
 
     def __init__(self, joint: Joint, proposals: list[Program], num_samples: int) -> None:
-        self.joint = joint
-        self.how = "importance weights"
+        self.joint, self.how = joint, "importance weights"
+        with torch.no_grad():
+            self.draw(proposals, num_samples)
+
+    def draw(self, proposals: list[Program], num_samples: int) -> None:
+        joint = self.joint
         share = -(-num_samples // len(proposals))
         drawn = [joint.draws(proposal, share) for proposal in proposals]
         self.values = {name: torch.cat([values[name] for values, _, _ in drawn]) for name in joint.latents.sites}
@@ -201,20 +205,18 @@ class Gaussian(Posterior):
         return split(self.joint.latents, flat), uniform, self.log_evidence + normal.log_prob(flat)
 
 
-def posterior_of(
-    model: Program,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    proposal: Program | None,
-    num_samples: int,
-) -> Posterior:
-    """The posterior of a model, exact where that is closed, else by draws of the proposal (the prior if None)."""
+def exactly(
+    model: Program, args: tuple, kwargs: Mapping[str, Any], proposal: Program | None, num_samples: int
+) -> tuple[Joint, Posterior | None]:
+    """A model's log joint, with the proposal (the prior if None) as its base, and its posterior where that is closed.
+
+    Raises:
+        ValueError: for fewer than 100 draws, a model without latents, or an improper posterior.
+    """
     if num_samples < 100:
         raise ValueError(f"moments and tails want some hundreds of draws, at least 100; got num_samples={num_samples}")
-    with torch.no_grad():
-        joint = joint_of(model, args, kwargs, proposal)
-        exact = exact_posterior(joint)
-        return Weighted(joint, [joint.base], num_samples) if exact is None else exact
+    joint = joint_of(model, args, kwargs, proposal)
+    return joint, exact_posterior(joint)
 
 
 def joint_of(model: Program, args: tuple, kwargs: Mapping[str, Any], proposal: Program | None) -> Joint:

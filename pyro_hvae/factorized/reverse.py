@@ -252,8 +252,8 @@ def train(
             slopes = torch.autograd.grad(loss, free, allow_unused=True)
         if not bool(torch.isfinite(loss)):
             raise ValueError(
-                f"the ELBO is {-float(loss)} at step {step}: log p(x, z) is not finite at a draw of the product, or "
-                "the search ran off. Give a start where it is finite, or a smaller learning_rate"
+                f"the ELBO is {-float(loss.detach())} at step {step}: log p(x, z) is not finite at a draw of the "
+                "product, or the search ran off. Give a start where it is finite, or a smaller learning_rate"
             )
         for parameter, slope in zip(free, slopes):
             parameter.grad = slope

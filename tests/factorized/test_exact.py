@@ -192,6 +192,33 @@ def test_tables_of_each_datum_with_elements_of_an_event_and_an_inner_plate():
         close(guide.distribution("switch").probs[n], switch / mass)
 
 
+def test_many_discrete_latents_by_elimination():
+    """A hidden Markov model of 3^14 configurations, against the forward-backward recursions; sequences of their own."""
+    start = torch.tensor([0.5, 0.3, 0.2])
+    move = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6]])
+    level = torch.tensor([-1.0, 0.5, 2.0])
+    x = torch.randn(2, 14)
+
+    def model(x):
+        with pyro.plate("sequences", 2):
+            state = None
+            for t in pyro.markov(range(14)):
+                state = pyro.sample(f"z{t}", dist.Categorical(start if state is None else move[state]))
+                pyro.sample(f"x{t}", dist.Normal(level[state], 1.0), obs=x[:, t])
+
+    guide = forward_kl(model, x)
+    assert "elimination" in guide.how
+    seen = dist.Normal(level, 1.0).log_prob(x[..., None]).exp()
+    forward, backward = [start * seen[:, 0]], [torch.ones(2, 3)]
+    for t in range(1, 14):
+        forward.append((forward[-1] @ move) * seen[:, t])
+        backward.append((backward[-1] * seen[:, 14 - t]) @ move.T)
+    for t in range(14):
+        both = forward[t] * backward[13 - t]
+        close(guide.distribution(f"z{t}").probs, both / both.sum(-1, keepdim=True))
+    assert (guide.khat == -torch.inf).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exactness_is_seen_in_either_precision(dtype):
     torch.set_default_dtype(dtype)
