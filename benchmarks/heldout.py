@@ -130,7 +130,7 @@ def evidence(options: argparse.Namespace) -> Iterator[Row]:
         for p, g in zip(moved, torch.autograd.grad(loss, moved)):
             p.grad = g
         optimizer.step()
-    count = 8 if options.short else 20
+    count = 8
     torch.manual_seed(3)
     _, (images,), _ = simulate(model, (train[:count],))
 
@@ -139,7 +139,7 @@ def evidence(options: argparse.Namespace) -> Iterator[Row]:
         value = run().detach()
         return value, 1e3 * (time.process_time() - start) / count
 
-    sizes = [(100, 4), (1000, 40)] if options.short else [(10_000, 10), (100_000, 100)]
+    sizes = [(100, 4), (1000, 40)] if options.short else [(30_000, 10), (120_000, 40)]
     for which, chosen in {"trained": guide, "stopped early": poor}.items():
         for draws, betas in sizes:
             for method, run in {

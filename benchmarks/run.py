@@ -28,7 +28,7 @@ COMMANDS = {  # name: (command, command of the short mode, a package it can't do
     "correctness": ("correctness.py", "correctness.py --short", None),
     "step": (STEP, "step.py --cases vae --rounds 10 --only pyro svi module hand", None),
     "heldout": ("heldout.py --seconds 10 --jobs 5", "heldout.py --short", "sklearn"),
-    "evidence": ("heldout.py --evidence --seconds 15", "heldout.py --evidence --short", "sklearn"),
+    "evidence": ("heldout.py --evidence --seconds 6", "heldout.py --evidence --short", "sklearn"),
     "pythae": ("pythae_vae.py", "pythae_vae.py --short", "pythae"),
 }
 
