@@ -10,6 +10,20 @@ clock's, and the memory of the same process before it draws anything (torch, Pyr
 - ``tree, as Predictive``: latents and a prediction of each datum at each draw, what Predictive returns;
 - ``tree, densities``: latents with log-likelihood, log-prior and log-densities and weights by layer, no predictions;
 - ``tree, all groups``.
+
+Measured on one of two cores that many processes shared, torch 2.13, 10,000 data, 1,000 draws; 312 MB of each peak are
+taken before the first draw:
+
+=========================  ======  =======  =======
+netCDF                     CPU s   peak MB  disk MB
+=========================  ======  =======  =======
+tree, as Predictive          26.3      411     1145
+tree, densities              29.5      419      841
+tree, all groups                       477     3130
+loop of Predictive          108.7     7637        0
+=========================  ======  =======  =======
+
+(The processor time of all groups was not taken; by the clock they took 2.7 times as long as the first row.)
 """
 
 from __future__ import annotations
