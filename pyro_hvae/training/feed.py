@@ -89,7 +89,8 @@ class TensorFeed(Feed):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.args, self.kwargs = args, kwargs
         self.batch_size = self.data_size if batch_size is None else min(batch_size, self.data_size)
-        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        # All data at once stay in their order, which may mean something: a series in time.
+        self.shuffle, self.drop_last, self.seed = shuffle and batch_size is not None, drop_last, seed
         whole, rest = divmod(self.data_size, self.batch_size)
         self.batches: int = whole + (rest > 0 and not drop_last)
         self.rank, self.world_size = 0, 1

@@ -99,9 +99,9 @@ def fit(
         optimizer: a function from parameters to a torch optimiser, or such an optimiser; one fused Adam with
             rate 1e-3 by default.
         epochs, steps: how long in all, a resumed run's first part included; exactly one of them.
-        batch_size: rows a batch, over all processes; None for all data at once.
+        batch_size: rows a batch, over all processes; None for all data at once, in their order.
         data_size: N, where the data does not tell.
-        shuffle: a new order each epoch.
+        shuffle: a new order each epoch, where there are batches.
         drop_last: leave out a smaller last batch.
         transform: of each batch, when it is used: random binarisation, scaling.  Called with the batch's tensors
             (keywords for a mapping), returns a batch.

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_hvae.bounds import LayerwiseELBO, Regularised, TraceELBO, warm_up
 from pyro_hvae.data import Batches
 from pyro_hvae.training import Averages, EarlyStopping, History, NonFiniteError, fit, fit_restarts
+from pyro_hvae.training.feed import feed
 
 quiet = {"progress": False}
 sgd = functools.partial(torch.optim.SGD, lr=0.1)
@@ -493,3 +494,14 @@ def test_history_forgets_a_line_cut_short(tmp_path):
 def test_averages_refuse_a_decay_of_one():
     with pytest.raises(ValueError, match=r"got 1\.0"):
         Averages(nn.Linear(1, 1), 1.0)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_all_data_at_once_stay_in_their_order(batch_size):
+    """A series in time is one datum whose rows mean something; with batches each epoch has an order of its own."""
+    x = torch.arange(12.0)
+    whole = feed(x, batch_size=batch_size, shuffle=True, drop_last=False, seed=0)
+    for epoch in range(2):
+        order = torch.cat([args[0] for args, _ in whole.epoch(epoch)])
+        assert torch.equal(order, x) == (batch_size is None)
+        assert torch.equal(order.sort().values, x)
