@@ -27,7 +27,7 @@ from pyro_hvae.compile import compile_step
 from pyro_hvae.diagnostics import diagnose, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
-from pyro_hvae.factorized import compare, forward_kl, reverse_kl, total_correlation
+from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 from pyro_hvae.kernels import (
     Bernoulli,
     Categorical,
@@ -77,7 +77,7 @@ __all__ = [
     "WakePhase",
     "WithoutContext",
     "__version__",
-    "compare",
+    "compare_guides",
     "compile_step",
     "decode",
     "diagnose",

@@ -47,7 +47,7 @@ def fit(seed: int = 0) -> Comparison:
         "reverse, from the left": ph.reverse_kl(model, start={"z": torch.tensor([-1.6, -1.6])}, num_steps=500),
         "reverse, from the right": ph.reverse_kl(model, start={"z": torch.tensor([1.6, 1.6])}, num_steps=500),
     }
-    return ph.compare(model, guides=guides, num_samples=4000)
+    return ph.compare_guides(model, guides=guides, num_samples=4000)
 
 
 def picture(found: Comparison) -> object:

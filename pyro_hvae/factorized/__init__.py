@@ -7,12 +7,12 @@ r"""Products of factors in the place of a posterior, by either direction of the 
 - :func:`reverse_kl` minimises :math:`\mathrm{KL}(q(z)\,\|\,p(z|x))`, mean-field variational inference: it settles in a
   mode and takes the width of the conditionals;
 - :func:`total_correlation` is what no product can give back;
-- :func:`compare` puts both divergences and k-hat of each into a table.
+- :func:`compare_guides` puts both divergences and k-hat of each into a table.
 
 Both return a :class:`ProductGuide`, a Pyro program like any other guide.
 """
 
-from pyro_hvae.factorized.compare import Comparison, compare
+from pyro_hvae.factorized.compare import Comparison, compare_guides
 from pyro_hvae.factorized.families import FAMILIES, Family
 from pyro_hvae.factorized.forward import forward_kl, total_correlation
 from pyro_hvae.factorized.guide import ProductGuide
@@ -23,7 +23,7 @@ __all__ = [
     "Comparison",
     "Family",
     "ProductGuide",
-    "compare",
+    "compare_guides",
     "forward_kl",
     "reverse_kl",
     "total_correlation",

@@ -26,7 +26,7 @@ from pyro_hvae.factorized.posterior import (
 from pyro_hvae.factorized.reverse import reverse_kl
 from pyro_hvae.psis import good_khat, pareto_khat
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare_guides"]
 
 Program = Callable[..., Any]
 
@@ -120,7 +120,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(
+def compare_guides(
     model: Program,
     *args: Any,
     guides: Mapping[str, Program] | None = None,
@@ -158,7 +158,7 @@ def compare(
         ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
         ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
-        >>> table = compare(model, torch.tensor(3.0))
+        >>> table = compare_guides(model, torch.tensor(3.0))
         >>> table.forward[0], table.reverse[1]
         (tensor(0.1438), tensor(0.1438))
     """

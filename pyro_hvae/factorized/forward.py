@@ -117,7 +117,7 @@ def total_correlation(model: Program, *args: Any, blocks: Sequence[Sequence[str]
 
     Raises:
         ValueError: where the posterior is neither Gaussian nor a table of few configurations: its entropy is not
-            known there, and :func:`compare` gives KL(p||q) of a fitted product, which is at least the total
+            known there, and :func:`compare_guides` gives KL(p||q) of a fitted product, which is at least the total
             correlation.
 
     Reference:
@@ -137,7 +137,7 @@ def total_correlation(model: Program, *args: Any, blocks: Sequence[Sequence[str]
     if not isinstance(posterior, (Configurations, Gaussian)):
         raise ValueError(
             "the total correlation is known for Gaussian posteriors and for tables of few configurations; for others "
-            "compare(model, ...) gives KL(p||q) of the fitted product, which is at least the total correlation"
+            "compare_guides(model, ...) gives KL(p||q) of the fitted product, which is at least the total correlation"
         )
     match(guide, posterior, 100)
     return divergence_from(posterior, guide)

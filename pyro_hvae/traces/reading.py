@@ -87,10 +87,10 @@ class Reading:
         rank = self.structure.max_plate_nesting + (self.num_particles > 1)
         if value.dim() > rank and any(size > 1 for size in value.shape[: value.dim() - rank]):
             raise ValueError(
-                f"site '{site['name']}' has batch shape {tuple(value.shape)} with {self.num_particles} particles, where "
-                f"the plates leave room for {rank} dim(s): its parameters carry the event of a site outside of a plate, "
-                "whose shape is (particles, 1 for each plate, *event), as batch dims. Say .to_event(...) instead of the "
-                "plate, or move the event into it, as in value.squeeze(-2)"
+                f"site '{site['name']}' has batch shape {tuple(value.shape)} for {self.num_particles} particles where "
+                f"the plates leave room for {rank} dim(s): its parameters carry the event of a site outside of a "
+                "plate, whose shape is (particles, 1 for each plate, *event), as batch dims. Say .to_event(...) "
+                "instead of the plate, or move the event into it, as in value.squeeze(-2)"
             )
         return self.weigh(site, value)
 

@@ -9,7 +9,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 
-from pyro_hvae.factorized import compare, forward_kl, reverse_kl, total_correlation
+from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 from tests.linear_gaussian import Oracle, linear_gaussian
 
 COUPLED = torch.tensor([[2.0, 0.9, -0.4], [0.9, 1.0, 0.3], [-0.4, 0.3, 0.8]], dtype=torch.float64)
@@ -31,7 +31,7 @@ def test_forward_is_marginals_reverse_is_conditionals_with_the_two_closed_diverg
     close(reverse.mean, CENTRE)
     close(forward.variance, COUPLED.diagonal())
     close(reverse.variance, 1 / precision.diagonal())
-    found = compare(coupled, num_samples=200)
+    found = compare_guides(coupled, num_samples=200)
     correlation = 0.5 * (COUPLED.diagonal().log().sum() - COUPLED.logdet())
     close(found.forward[0], correlation)
     close(found.total_correlation, correlation)
@@ -65,13 +65,13 @@ def test_every_datum_of_a_chain_has_marginals_of_its_own():
     close(variance, covariance.diagonal().expand_as(variance))
     narrow = torch.cat([other.distribution(name).variance for name in names], -1)
     close(narrow, (1 / covariance.inverse().diagonal()).expand_as(narrow))
-    found = compare(case.model, case.x, num_samples=200)
+    found = compare_guides(case.model, case.x, num_samples=200)
     close(found.log_evidence, oracle.log_evidence(case.x).detach())
     expected = 0.5 * (covariance.diagonal().log().sum() - covariance.logdet())
     close(found.forward[0], expected.expand(len(case.x)))
     joint = forward_kl(case.model, case.x, blocks=[tuple(names)])
     close(joint.gaussian()[1], covariance.expand(len(case.x), -1, -1))
-    close(compare(case.model, case.x, guides={"joint": joint}, num_samples=200).forward[0], torch.zeros(4))
+    close(compare_guides(case.model, case.x, guides={"joint": joint}, num_samples=200).forward[0], torch.zeros(4))
 
 
 # Tables
@@ -115,7 +115,7 @@ def test_forward_tables_are_the_marginal_tables_and_the_multiplier_is_one():
 def test_total_correlation_of_a_table():
     expected = divergence(TABLE, product([TABLE.sum(dims) for dims in [(1, 2), (0, 2), (0, 1)]]))
     close(total_correlation(table), expected)
-    found = compare(table, num_samples=500)
+    found = compare_guides(table, num_samples=500)
     close(found.forward[0], expected)
     pair = TABLE.sum(2)[:, :, None] * TABLE.sum((0, 1))
     close(total_correlation(table, blocks=[("a", "b")]), divergence(TABLE, pair))
@@ -146,7 +146,7 @@ def test_reverse_tables_are_a_stationary_point_and_no_worse_than_any_start():
         start = [torch.distributions.Dirichlet(torch.ones(n)).sample() for n in (3, 2, 2)]
         q = product(start)
         assert best <= (q * (q.log() - log_p)).sum() + 1e-12, seed
-    close(compare(positive, num_samples=500).reverse[1], best)
+    close(compare_guides(positive, num_samples=500).reverse[1], best)
 
 
 def test_reverse_of_a_two_mode_table_stays_where_it_starts():
@@ -158,7 +158,7 @@ def test_reverse_of_a_two_mode_table_stays_where_it_starts():
     high = reverse_kl(agree, start={"a": torch.tensor(1.0), "b": torch.tensor(1.0)})
     assert float(low.distribution("a").probs) < 0.05
     assert float(high.distribution("a").probs) > 0.95
-    found = compare(agree, guides={"low": low, "high": high, "free": reverse_kl(agree)}, num_samples=500)
+    found = compare_guides(agree, guides={"low": low, "high": high, "free": reverse_kl(agree)}, num_samples=500)
     assert found.reverse[1] < found.reverse[0]
     close(found.reverse[2], found.reverse[1])
 

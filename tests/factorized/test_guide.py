@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_hvae as ph
-from pyro_hvae.factorized import ProductGuide, compare, forward_kl, reverse_kl
+from pyro_hvae.factorized import ProductGuide, compare_guides, forward_kl, reverse_kl
 
 BOUNDS = [
     ph.TraceELBO(4),
@@ -76,7 +76,7 @@ def test_every_bound_takes_it(bound, which, fitted):
 
 
 def test_elbo_of_the_returned_guides_is_what_the_comparison_says(fitted):
-    found = compare(gaussian, X, num_samples=1000)
+    found = compare_guides(gaussian, X, num_samples=1000)
     elbo = ph.TraceELBO(20_000).per_datum(gaussian, fitted[gaussian, "reverse"], X)
     torch.testing.assert_close(elbo, found.elbo[1], rtol=0.0, atol=0.03)
 
@@ -228,8 +228,8 @@ def test_what_is_refused(fit, model, options, message):
         (lambda: reverse_kl(plain, X, start={"c": 0.0}), "start names 'c', which is no latent site"),
         (lambda: reverse_kl(plain, X, start={"b": -1.0}), "start of site 'b' lies outside of its support"),
         (lambda: reverse_kl(plain, X, start={"b": torch.ones(2)}), "does not broadcast to its"),
-        (lambda: compare(plain, X, guides={}), "guides is empty"),
-        (lambda: compare(plain, X, num_samples=5), "at least 100"),
+        (lambda: compare_guides(plain, X, guides={}), "guides is empty"),
+        (lambda: compare_guides(plain, X, num_samples=5), "at least 100"),
         (lambda: forward_kl(plain, X).distribution("c"), "no latent site 'c'"),
         (lambda: forward_kl(plain, X, blocks=[("a", "b")]).distribution("b"), "is drawn given \\['a'\\]"),
     ],

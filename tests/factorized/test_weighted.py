@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_hvae.factorized import compare, forward_kl, reverse_kl, total_correlation
+from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 
 
 def close(actual, expected, error):
@@ -49,7 +49,7 @@ def test_exponential_families_are_matched_to_conjugate_posteriors():
     close(level.base_dist.loc, COUNTS / 10, 0.03)
     close(level.base_dist.scale, math.sqrt(0.245) * torch.ones(3), 0.02)
     assert guide.khat.shape == guide.ess.shape == (3,)
-    found = compare(conjugate, COUNTS, FLIPS, CELLS, guides={"forward": guide}, num_samples=4000)
+    found = compare_guides(conjugate, COUNTS, FLIPS, CELLS, guides={"forward": guide}, num_samples=4000)
     assert found.how == "importance weights"
     # The posterior is a product of these families, so nothing but the noise of the match is left.
     assert (found.forward.abs() < 0.02).all()
@@ -112,7 +112,7 @@ def test_a_block_keeps_what_it_joins():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     guide = forward_kl(model, x, blocks=[("scale", "z")], num_samples=40_000)
-    found = compare(model, x, guides={"block": guide, "product": forward_kl(model, x)}, num_samples=5000)
+    found = compare_guides(model, x, guides={"block": guide, "product": forward_kl(model, x)}, num_samples=5000)
     assert (found.forward[0].abs() < 0.01).all()
     # prior of (log scale, z): covariance [[1, 1], [1, 1.25]]; the posterior's precision adds 1 at z
     precision = torch.tensor([[1.0, 1.0], [1.0, 1.25]]).inverse() + torch.diag(torch.tensor([0.0, 1.0]))
@@ -120,7 +120,7 @@ def test_a_block_keeps_what_it_joins():
     correlation = 0.5 * (covariance.diagonal().log().sum() - covariance.logdet())
     close(found.forward[1], correlation.expand(2), 0.03)
     other = reverse_kl(model, x, blocks=[("scale", "z")], num_steps=200)
-    refit = compare(model, x, guides={"reverse": other}, num_samples=4000)
+    refit = compare_guides(model, x, guides={"reverse": other}, num_samples=4000)
     assert (refit.reverse.abs() < 0.03).all()
 
 
@@ -153,7 +153,7 @@ def test_two_modes_forward_covers_both_reverse_settles_in_one():
         q = guide.distribution("z")
         close(q.mean, torch.full((2,), 1.55 * side), 0.12)
         close(q.variance, torch.full((2,), 0.51), 0.12)  # 1/L_ii of one component
-    found = compare(mixture, guides={str(side): guide for side, guide in ends.items()}, num_samples=4000)
+    found = compare_guides(mixture, guides={str(side): guide for side, guide in ends.items()}, num_samples=4000)
     assert found.reverse[1] < found.reverse[0]
     close(found.reverse, -torch.tensor([0.4, 0.6]).log() + 0.336, 0.06)
 
@@ -192,7 +192,7 @@ def test_comparison_is_a_dataset_and_a_table():
         with pyro.plate("row", 2):
             pyro.sample("z", dist.Normal(x / 2, 0.2))
 
-    found = compare(model, x, guides={"product": forward_kl(model, x), "narrow": narrow}, num_samples=2000)
+    found = compare_guides(model, x, guides={"product": forward_kl(model, x), "narrow": narrow}, num_samples=2000)
     data = found.to_dataset()
     assert data["reverse_kl"].dims == ("guide", "row")
     assert list(data["guide"].values) == ["product", "narrow"]
@@ -221,7 +221,7 @@ def test_errors_of_a_comparison_are_those_of_its_repeats():
         pyro.sample("z", dist.LogNormal(torch.tensor(0.3), 0.9))
 
     x = torch.tensor(1.0)
-    runs = [compare(model, x, guides={"wide": wide}, num_samples=400) for _ in range(100)]
+    runs = [compare_guides(model, x, guides={"wide": wide}, num_samples=400) for _ in range(100)]
     exact_reverse = 0.5 * (0.81 / 0.5 - 1 - math.log(0.81 / 0.5) + 0.04 / 0.5)
     exact_forward = 0.5 * (0.5 / 0.81 - 1 + math.log(0.81 / 0.5) + 0.04 / 0.81)
     for values, errors, exact in (

@@ -222,5 +222,5 @@ def test_an_event_that_becomes_a_batch_is_refused_where_particles_would_mix():
         pyro.sample("steps", dist.Normal(y / 2, 0.7).to_event(1))
 
     assert read(model, guide, (y,)).log_weights.shape == (1,)
-    with pytest.raises(ValueError, match=r"site 'y' has batch shape .* with 8 particles"):
+    with pytest.raises(ValueError, match=r"site 'y' has batch shape .* for 8 particles"):
         _ = read(model, guide, (y,), num_particles=8).log_weights
