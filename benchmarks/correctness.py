@@ -163,7 +163,7 @@ def wake(repeats: int) -> Row:
     return {
         "case": "variance of the wake-phase gradient, ReweightedWakeSleep / WakePhase, K = 20",
         **runs,
-        "truth": "-",
+        "truth": "–",
     }
 
 

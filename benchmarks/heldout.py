@@ -104,14 +104,14 @@ def scored(name: str, options: argparse.Namespace) -> Row:
         "log p(x)": f"{score.mean():.2f}",
         "s.e.": f"{score.std() / len(score) ** 0.5:.2f}",
         "by": by,
-        "published, MNIST": PUBLISHED.get(name, "-"),
+        "published, MNIST": PUBLISHED.get(name, "–"),
     }
 
 
 def heldout(options: argparse.Namespace) -> Iterator[Row]:
     pixels = bernoulli_baseline(*split(options))
-    shown: Row = {"model": "independent pixels", "steps": "-", "ELBO": "-", "log p(x)": f"{pixels.mean():.2f}"}
-    yield shown | {"s.e.": f"{pixels.std() / len(pixels) ** 0.5:.2f}", "by": "exact", "published, MNIST": "-"}
+    shown: Row = {"model": "independent pixels", "steps": "–", "ELBO": "–", "log p(x)": f"{pixels.mean():.2f}"}
+    yield shown | {"s.e.": f"{pixels.std() / len(pixels) ** 0.5:.2f}", "by": "exact", "published, MNIST": "–"}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(partial(scored, options=options), ("VAE", "IWAE", "HVAE", "ladder VAE", "VDM"))
 

@@ -100,7 +100,7 @@ def speed(particles: int, x: Tensor, rounds: int, compiled: bool) -> dict[str, o
             times[name].append(1e3 * (time.process_time() - start))
     found = {name: f"{statistics.median(taken[rounds // 5 :]):.2f}" for name, taken in times.items()}
     what = "VAE" if particles == 1 else f"IWAE, K = {particles}"
-    return {"what": f"{what}: CPU ms a step", "compiled": "-", "truth": "-"} | found
+    return {"what": f"{what}: CPU ms a step", "compiled": "–", "truth": "–"} | found
 
 
 def values(x: Tensor, repeats: int) -> list[dict[str, object]]:
@@ -126,12 +126,12 @@ def values(x: Tensor, repeats: int) -> list[dict[str, object]]:
         log_w = pair[0].x(z).log_prob(x) + dist.Normal(0.0, 1.0).log_prob(z).sum(-1) - q.log_prob(z)
         groups = log_w.reshape(repeats, PARTICLES, -1)
         truth = (groups.logsumexp(1) - math.log(PARTICLES)).mean()
-    row = {"compiled": "-"}
+    row = {"compiled": "–"}
     return [
         row | {"what": f"the bound of {PARTICLES} draws, as the IWAE reports it, nats", "pythae": f"{reported:.2f}",
                "this library": f"{bound:.2f}", "truth": f"{truth:.2f}"},
         row | {"what": "log p(x) by 5000 draws, nats", "pythae": f"{theirs:.2f}", "this library": f"{tight:.2f}",
-               "truth": "-"},
+               "truth": "–"},
         row | {"what": "the same when asked for 1 draw (the ELBO)", "pythae": f"{asked_one:.2f}",
                "this library": f"{one:.2f}", "truth": f"{log_w[:, :20].mean():.2f}"},
     ]  # fmt: skip

@@ -43,7 +43,7 @@ class Calibration:
     """Ranks of simulated truths among the guide's draws.
 
     Attributes:
-        ranks: by test quantity, integers (simulations, *event dims), 0 to ``num_draws``.
+        ranks: by test quantity, integers (simulations, *event_shape), 0 to ``num_draws``.
         num_draws: L.
         alpha: level of the tests, for all quantities together (Holm, 1979), down to the resolution 1 / 2001 of each.
     """
