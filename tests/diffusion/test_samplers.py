@@ -66,6 +66,7 @@ CRITICAL = 1.95 * (2 / COUNT) ** 0.5  # the level .001 of two samples of this si
         (ddim, {"num_steps": 150, "eta": 0.0}),
         (ddim, {"num_steps": 300, "eta": 1.0}),
         (probability_flow, {"num_steps": 80}),
+        (probability_flow, {"rtol": 1e-4}),
         (dpm_solver, {"num_steps": 100}),
     ],
 )
