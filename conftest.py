@@ -11,11 +11,12 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _clean_pyro():
-    """Clear the param store, seed every generator, and restore the default dtype and grad mode afterwards."""
-    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    """Clear the param store, seed every generator; float32 by default and with gradients, before and afterwards."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
-    torch.set_default_dtype(dtype)
-    torch.set_grad_enabled(grad)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)

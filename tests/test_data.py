@@ -66,7 +66,7 @@ def test_folder_without_labels(folder):
         (bytes([0, 0, 8, 3, 0, 0]), "ends within its header: 6 bytes, where 3 dims need 16"),
         (idx_bytes(np.zeros((2, 2, 2), np.uint8))[:-3], r"truncated: 21 bytes.*shape \(2, 2, 2\), uint8\) needs 24"),
         (idx_bytes(np.zeros((2, 2, 2), np.uint8)) + b"\0", "too long: 25 bytes"),
-        (gzip.compress(idx_bytes(np.zeros((9, 9, 9), np.uint8)), mtime=0)[:-12], "gzip file that can't be decompressed"),
+        (gzip.compress(idx_bytes(np.zeros((9, 9, 9), "u1")), mtime=0)[:-12], "gzip file that can't be decompressed"),
         (idx_bytes(np.zeros((2, 4, 5), np.float32)), r"holds float32 of shape \(2, 4, 5\); images are uint8"),
         (idx_bytes(np.zeros((2, 20), np.uint8)), r"holds uint8 of shape \(2, 20\)"),
         (idx_bytes(np.zeros((2, 4, 5), np.uint8)), r"labels of shape \(7,\) for 2 images"),

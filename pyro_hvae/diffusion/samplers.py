@@ -93,12 +93,13 @@ def probability_flow(
     def adaptive(lower: Noising, upper: Noising, z: Tensor, *_: Any) -> Tensor:
         from torchdiffeq import odeint
 
-        def drift(ratio: Tensor, scaled: Tensor) -> Tensor:
-            level = Noising(2 * torch.log(ratio))
-            return slope(level, scaled * level.alpha)
+        def drift(gamma: Tensor, scaled: Tensor) -> Tensor:
+            """d(z / alpha) / dgamma; in gamma, which a solver may step beyond the end of."""
+            level = Noising(gamma)
+            return 0.5 * torch.exp(0.5 * gamma) * slope(level, scaled * level.alpha)
 
-        ratios = torch.exp(0.5 * torch.stack([upper.gamma, lower.gamma]))
-        return lower.alpha * odeint(drift, z / upper.alpha, ratios, rtol=rtol, atol=rtol)[-1]
+        gammas = torch.stack([upper.gamma, lower.gamma])
+        return lower.alpha * odeint(drift, z / upper.alpha, gammas, rtol=rtol, atol=rtol)[-1]
 
     if rtol is None:
         return _solve(model, size, num_steps, step, context, mean)

@@ -126,7 +126,7 @@ def test_value(name, bound):
         assert first.shape == pair.log_evidence.shape
         excess = drawn.mean() - pair.log_evidence.sum()
         assert excess <= 4 * stderr(drawn) + 1e-9
-    if pair.exact:
+    if pair.exact and not isinstance(objective, ph.LayerwiseELBO):  # its closed forms are exact in the mean only
         torch.testing.assert_close(draws, pair.log_evidence.expand_as(draws), rtol=0, atol=1e-10)
 
 
