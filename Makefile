@@ -44,7 +44,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt --editable '.[bench]'
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py
 
 # Does every address in the pages answer?  Nothing is executed; links among the pages are checked by `make docs`.
 links: $(STAMP)

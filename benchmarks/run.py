@@ -1,11 +1,11 @@
 """Every table of ``docs/comparison.md``: run the benchmarks one after the other, and keep their rows as CSV.
 
-    python benchmarks/run.py [--short] [--only NAME ...] [--out docs/results]
+    python benchmarks/run.py [--short] [--only NAME ...] [--mnist DIR] [--out docs/results]
 
 Each table is a command that can be given by itself; it is printed before it runs. The machine, the date, versions and
 commands go to ``machine.csv``. With ``--short`` (minutes; into ``runs/benchmarks``) few steps are made of each: it
-shows that the commands work, and its figures mean little. A benchmark whose peer is not installed is left out, and
-named.
+shows that the commands work, and its figures mean little. A benchmark whose peer or data are not here is left out,
+and named: pythae wants an environment of its own, MNIST a folder with its four IDX files.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from tables import read, show, write
 
 HERE = Path(__file__).resolve().parent
 VERSIONS = ("torch", "pyro-ppl", "pyro-hvae", "numpyro", "jax", "pythae", "arviz-stats")
-STEP = "step.py --cases vae hvae2 --only pyro svi module hand compiled numpyro --rounds 60 --clock cpu"
-COMMANDS = {  # name: (command, command of the short mode, a package it can't do without)
+STEP = "step.py --cases vae hvae2 iwae5 hvae5 --only pyro module hand compiled numpyro scan --rounds 40"
+AIS = "ais.py --train 20 --betas 10 --rounds 1"
+COMMANDS = {  # name: (command, command of the short mode, what it can't do without); {mnist} is the folder of --mnist
     "correctness": ("correctness.py", "correctness.py --short", None),
-    "step": (STEP, "step.py --cases vae --rounds 10 --only pyro svi module hand", None),
-    "heldout": ("heldout.py --seconds 10 --jobs 5", "heldout.py --short", "sklearn"),
+    "step": (STEP, "step.py --cases vae --rounds 10 --only pyro module hand", None),
+    "heldout": ("heldout.py --seconds 60 --jobs 2", "heldout.py --short", "sklearn"),
+    "mnist": ("heldout.py --data idx:{mnist} --seconds 300 --jobs 2", "heldout.py --data idx:{mnist} --short", "mnist"),
     "evidence": ("heldout.py --evidence --seconds 6", "heldout.py --evidence --short", "sklearn"),
+    "ais": (AIS, "ais.py --train 2 --betas 5 --rounds 1 --images 16", "sklearn"),
     "pythae": ("pythae_vae.py", "pythae_vae.py --short", "pythae"),
 }
 
@@ -64,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="few steps of each, into runs/benchmarks")
     parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    parser.add_argument("--mnist", type=Path, default=None, help="folder of MNIST's IDX files")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     out = options.out or Path("runs/benchmarks" if options.short else "docs/results")
@@ -72,16 +76,17 @@ def main() -> None:
     for name in options.only:
         long, short, needed = COMMANDS[name]
         command = short if options.short else long
-        if needed is not None and util.find_spec(needed) is None:
+        if needed == "mnist":
+            if options.mnist is None:
+                print(f"\n{name}: left out, no folder was given by --mnist")
+                continue
+            command = command.format(mnist=options.mnist)
+        elif needed is not None and util.find_spec(needed) is None:
             print(f"\n{name}: left out, {needed} is not installed")
             continue
         print(f"\n$ python benchmarks/{command}", flush=True)
         script, *arguments = command.split()
-        subprocess.run(
-            [sys.executable, str(HERE / script), *arguments, "--csv", str(out / f"{name}.csv")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-        )
+        subprocess.run([sys.executable, str(HERE / script), *arguments, "--csv", str(out / f"{name}.csv")], check=True)
         rows[name] = {"table": name} | machine(command)
         write(record, list(rows.values()))
     print("\n" + show(list(rows.values())))
