@@ -87,7 +87,7 @@ def main() -> None:
         print(f"\n$ python benchmarks/{command}", flush=True)
         script, *arguments = command.split()
         subprocess.run([sys.executable, str(HERE / script), *arguments, "--csv", str(out / f"{name}.csv")], check=True)
-        rows[name] = {"table": name} | machine(command)
+        rows[name] = {"table": name} | machine((short if options.short else long).format(mnist="FOLDER"))
         write(record, list(rows.values()))
     print("\n" + show(list(rows.values())))
 

@@ -30,12 +30,12 @@ ANNOTATOR = 0.999 * torch.eye(10) + 0.0001  # one label in a thousand is wrong
 class Model(PyroModule):
     def __init__(self):
         super().__init__("model")
-        self.decoder = MLP(10 + 8, 64, (128,))
+        self.decoder = MLP(10 + 3, 64, (128,))
 
     def forward(self, x, label, known):
         with pyro.plate("data", len(x)):
             y = pyro.sample("y", dist.Categorical(logits=torch.zeros(10)), infer={"enumerate": "parallel"})
-            z = pyro.sample("z", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
             with pyro.poutine.mask(mask=known):
                 pyro.sample("label", dist.Categorical(ANNOTATOR[y]), obs=label)
             digit = F.one_hot(y, 10).to(z)  # its ten values stand along a dim of their own, left of all others
@@ -47,7 +47,7 @@ class Model(PyroModule):
 class Guide(PyroModule):
     def __init__(self):
         super().__init__("guide")
-        self.z = ph.Gaussian(MLP(64, 2 * 8, (128,)))
+        self.z = ph.Gaussian(MLP(64, 2 * 3, (128,)))
 
     def forward(self, x, label, known):
         with pyro.plate("data", len(x)):
@@ -55,6 +55,7 @@ class Guide(PyroModule):
 
 
 data, count = digits(), 50
+often = torch.arange(count).repeat(27)  # so that half of a batch carries labels
 test, labels = binarize(data.test, threshold=0.5), data.train_labels
 known, seen = torch.arange(len(labels)) < count, torch.ones(len(test), dtype=torch.bool)
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
@@ -64,7 +65,8 @@ for axis, (name, n) in zip(axes, {"50 labels alone": count, "with 1387 images mo
     pair, score = (Model(), Guide()), ph.IWELBO(5 if options.short else 50)
     fit = {"steps": 20 if options.short else 1500, "seed": 0, "progress": False}
     fit |= {"transform": lambda x, label, known: (binarize(x), label, known)}
-    ph.fit(*pair, (data.train[:n], labels[:n], known[:n]), bound=ph.IWELBO(num_particles=5), **fit)
+    rows = torch.cat([often, torch.arange(count, n)])
+    ph.fit(*pair, (data.train[rows], labels[rows], known[rows]), bound=ph.IWELBO(num_particles=5), **fit)
 
     joint = [score.per_datum(*pair, test, torch.full((len(test),), y), seen) for y in range(10)]  # log p(x, y)
     chance = torch.stack(joint, -1).softmax(-1)
