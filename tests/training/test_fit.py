@@ -1,7 +1,6 @@
-"""fit(): what it minimises, what it records, and what it refuses."""
+"""fit(): what it minimises, on which data, and by which steps."""
 
 import functools
-import json
 import math
 
 import numpy as np
@@ -11,51 +10,16 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_hvae.bounds import LayerwiseELBO, Regularised, TraceELBO, warm_up
+from pyro_hvae.bounds import Regularised, TraceELBO, warm_up
 from pyro_hvae.data import Batches
-from pyro_hvae.training import Averages, EarlyStopping, History, NonFiniteError, fit, fit_restarts
+from pyro_hvae.training import fit, fit_restarts
 from pyro_hvae.training.feed import feed
-
-quiet = {"progress": False}
-sgd = functools.partial(torch.optim.SGD, lr=0.1)
-
-
-class Model(PyroModule):
-    """z ~ N(m, 1), x|z ~ N(z, 1): log p(x) = log N(x; m, 2)."""
-
-    def __init__(self):
-        super().__init__("model")
-        self.mean = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x, data_size=None):
-        size = len(x) if data_size is None else data_size
-        with pyro.plate("data", size, subsample=torch.arange(len(x))):
-            z = pyro.sample("z", dist.Normal(self.mean, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-class Guide(PyroModule):
-    """q(z|x) = N(a x + b, s)."""
-
-    def __init__(self):
-        super().__init__("guide")
-        self.net = nn.Linear(1, 1)
-        self.scale = PyroParam(torch.tensor(1.0), constraints.positive)
-
-    def forward(self, x, data_size=None):
-        size = len(x) if data_size is None else data_size
-        with pyro.plate("data", size, subsample=torch.arange(len(x))):
-            pyro.sample("z", dist.Normal(self.net(x[:, None])[:, 0], self.scale))
-
-
-@pytest.fixture
-def data():
-    return 2.0 + math.sqrt(2.0) * torch.randn(200)
+from tests.training.gaussian import Guide, Model, quiet, sgd
 
 
 def test_reaches_the_maximum_likelihood_and_the_exact_posterior(data):
@@ -184,79 +148,6 @@ def test_the_seed_determines_the_run_and_looking_does_not_change_it(data):
     assert torch.equal(*ends)
 
 
-def test_history_has_losses_terms_and_validation(data, tmp_path):
-    result = fit(
-        Model(),
-        Guide(),
-        data,
-        bound=LayerwiseELBO(),
-        epochs=2,
-        batch_size=50,
-        log_every=2,
-        validation=data[:60],
-        run_dir=tmp_path,
-        **quiet,
-    )
-    expected = {"loss", "rate", "reconstruction", "kl_z", "validation_loss", "validation_kl_z"}
-    assert expected <= set(result.history.names())
-    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert lines == list(result.history)
-    frame = result.history.to_pandas()
-    assert list(frame.index) == [2, 4, 6, 8]
-    assert result.history.to_xarray()["loss"].dims == ("step",)
-    assert [r["step"] for r in result.history if "validation_loss" in r] == [4, 8]
-
-
-def test_validation_loss_is_the_bound_on_all_held_out_data():
-    """With the exact guide every estimate is log p(x), so the validation loss is known to round-off."""
-    model, guide = Model(), Guide()
-    with torch.no_grad():
-        guide.net.weight.fill_(0.5)
-        guide.net.bias.zero_()
-    guide.scale = torch.tensor(0.5**0.5)
-    x, held_out = torch.randn(40), torch.randn(33)
-    frozen = functools.partial(torch.optim.SGD, lr=0.0)
-    options = {"optimizer": frozen, "epochs": 1, "batch_size": 10, "validation": held_out}
-    result = fit(model, guide, x, bound=TraceELBO(), **options, **quiet)
-    exact = -dist.Normal(0.0, 2**0.5).log_prob(held_out).mean().item()
-    assert result.history["validation_loss"][0] == pytest.approx(exact, abs=1e-10)
-
-
-def test_early_stopping_stops_and_says_why(data):
-    result = fit(
-        Model(),
-        Guide(),
-        data,
-        bound=TraceELBO(),
-        optimizer=functools.partial(torch.optim.SGD, lr=0.0),
-        epochs=50,
-        validation=data[:50],
-        callbacks=[EarlyStopping(patience=3)],
-        **quiet,
-    )
-    assert result.steps == 2 * 4
-    assert "has not improved" in result.stopped
-
-
-def test_early_stopping_on_what_is_never_recorded_is_an_error(data):
-    with pytest.raises(ValueError, match=r"watches 'validation_loss', but fit\(\) got no validation data"):
-        fit(Model(), Guide(), data, bound=TraceELBO(), epochs=1, callbacks=[EarlyStopping(patience=3)], **quiet)
-
-
-def test_callbacks_see_their_moments_and_need_not_have_all(data):
-    seen = []
-
-    class Count:
-        def on_step(self, run, loss):
-            seen.append((run.step, loss.shape))
-
-        def on_epoch(self, run):
-            seen.append("epoch")
-
-    fit(Model(), Guide(), data, bound=TraceELBO(), epochs=2, callbacks=[Count()], **quiet)
-    assert seen == [(1, ()), (2, ()), "epoch", (3, ()), (4, ()), "epoch"]
-
-
 def test_schedule_runs_by_the_step(data):
     def schedule(optimizer):
         return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
@@ -374,126 +265,6 @@ def test_restarts_are_independent_and_reproducible(data):
     assert len(set(means)) == 3
     again = fit_restarts(build, data, restarts=1, seed=2, bound=TraceELBO(), steps=3, **quiet)
     assert again[0].guide.net.weight.item() == means[2]
-
-
-class Breaks(PyroModule):
-    """A guide that breaks at the datum 99."""
-
-    def __init__(self, kind):
-        super().__init__("breaks")
-        self.net = nn.Linear(1, 1)
-        self.kind = kind
-
-    def forward(self, x, data_size=None):
-        with pyro.plate("data", data_size or len(x), subsample=torch.arange(len(x))):
-            loc = self.net(x[:, None])[:, 0]
-            good = (x != 99.0).to(x)
-            if self.kind == "value":
-                loc = loc / good
-            else:  # the value is fine, its gradient is not
-                loc = torch.sqrt(good * (1.0 + loc**2))
-            pyro.sample("z", dist.Normal(loc, 1.0))
-
-
-@pytest.mark.parametrize(
-    ("kind", "what"), [("value", "the guide's draw of 'z'"), ("gradient", "the gradient of guide.net.weight")]
-)
-def test_nan_is_traced_to_its_step_and_site(kind, what):
-    x = torch.zeros(100)
-    x[86] = 99.0  # met in the ninth batch
-    model, guide = Model(), Breaks(kind)
-    path = {}
-
-    class Watch:
-        def on_step(self, run, loss):
-            path[run.step] = run.guide.net.weight.detach().clone()
-
-    with pytest.raises(NonFiniteError) as caught:
-        fit(
-            model, guide, x, bound=TraceELBO(), epochs=2, batch_size=10, shuffle=False, check_every=6,
-            callbacks=[Watch()], **quiet,
-        )  # fmt: skip
-    assert caught.value.step == 9
-    assert what in caught.value.sites
-    assert "step 9" in str(caught.value)
-    assert torch.equal(guide.net.weight, path[6])
-
-
-def test_nan_in_the_data_is_refused_before_the_first_step(data):
-    data[17] = math.nan
-    data[40] = math.inf
-    model = Model()
-    message = r"2 of 200 values of the data are NaN or infinite; the first is nan at index \(17,\)"
-    with pytest.raises(ValueError, match=message):
-        fit(model, Guide(), data, bound=TraceELBO(), epochs=1, batch_size=10, **quiet)
-    assert model.mean.item() == 0.0
-
-
-def test_nan_behind_a_mask_is_no_nan_in_the_data(data):
-    from pyro_hvae.training.feed import feed
-
-    mask = torch.ones(200, dtype=torch.bool)
-    mask[17], data[17] = False, math.nan
-    assert feed({"x": data, "mask": mask}, batch_size=10).data_size == 200
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "exactly one of epochs and steps"),
-        ({"epochs": 1, "steps": 1}, "exactly one of epochs and steps"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"steps": 1, "batch_size": 0}, "batch_size must be at least 1"),
-        ({"steps": 1, "clip_norm": -1.0}, "clip_norm must be positive"),
-        ({"steps": 1, "precision": "fp4"}, "precision must be None or 'bf16'"),
-        ({"steps": 1, "ema": 1.0}, r"must be in \[0, 1\)"),
-        ({"steps": 1, "resume": True}, "resume=True goes on from a run_dir"),
-        ({"steps": 1, "tensorboard": True}, "tensorboard=True writes under run_dir"),
-    ],
-)
-def test_refused_arguments(options, message, data):
-    with pytest.raises(ValueError, match=message):
-        fit(Model(), Guide(), data, bound=TraceELBO(), **options, **quiet)
-
-
-def test_pyro_optimisers_are_refused_with_the_reason(data):
-    with pytest.raises(TypeError, match=r"belong to pyro\.infer\.SVI"):
-        fit(Model(), Guide(), data, bound=TraceELBO(), steps=1, optimizer=pyro.optim.Adam({"lr": 1e-3}), **quiet)
-
-
-def test_an_optimizer_that_misses_parameters_is_refused(data):
-    model, guide = Model(), Guide()
-    with pytest.raises(ValueError, match=r"does not hold 1 parameter\(s\) of the pair, among them \['model.mean'\]"):
-        fit(model, guide, data, bound=TraceELBO(), steps=1, optimizer=torch.optim.Adam(guide.parameters()), **quiet)
-
-
-def test_a_used_up_iterator_is_an_error(data):
-    result = fit(Model(), Guide(), iter([data[:150], data[150:]]), bound=TraceELBO(), epochs=1, data_size=200, **quiet)
-    assert result.steps == 2
-    pyro.clear_param_store()
-    with pytest.raises(ValueError, match="one-shot iterator"):
-        fit(Model(), Guide(), iter([data]), bound=TraceELBO(), epochs=2, **quiet)
-
-
-def test_tensorboard_gets_every_record(data, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    result = fit(
-        Model(), Guide(), data, bound=TraceELBO(), steps=4, log_every=2, run_dir=tmp_path, tensorboard=True, **quiet
-    )
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(result.history["loss"], rel=1e-6)
-
-
-def test_history_forgets_a_line_cut_short(tmp_path):
-    (tmp_path / "history.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 2.0}\n{"step": 2, "ep')
-    assert list(History.read(tmp_path / "history.jsonl")) == [{"step": 1, "epoch": 0, "loss": 2.0}]
-
-
-def test_averages_refuse_a_decay_of_one():
-    with pytest.raises(ValueError, match=r"got 1\.0"):
-        Averages(nn.Linear(1, 1), 1.0)
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])
