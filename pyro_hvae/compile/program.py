@@ -79,9 +79,13 @@ class Program:
             warnings.simplefilter("ignore")  # deprecations inside of torch
             from torch._inductor import config
             from torch._inductor.compile_fx import compile_fx
+            from torch._inductor.decomposition import select_decomp_table
 
+            table = dict(select_decomp_table())
+            if self.noise == "eager":  # as `rand < p` it would draw otherwise than torch does
+                table.pop(torch.ops.aten.bernoulli.default, None)
             with config.patch(fallback_random=self.noise == "eager"):
-                compiled: Any = compile_fx(graph, [*self._held, *inputs])
+                compiled: Any = compile_fx(graph, [*self._held, *inputs], decompositions=table)
             self._compiled = compiled
 
     def _step(self, *tensors: Tensor) -> Tensor:
