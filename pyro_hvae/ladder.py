@@ -49,19 +49,20 @@ _FIRST_PRECISION = 0.2  # little beside a unit prior's, so that a posterior star
 class Evidence(Kernel):
     r"""One rung: features d_t = activation(features(d_{t-1})), and evidence about z_t read off them.
 
-    The head yields natural parameters (h, r), that is, the evidence is
+    The head yields (m, r), and from them the evidence is
 
     .. math:: \hat\sigma_t^{-2} = \lambda = \lambda_{min} + \operatorname{softplus}(r + c),\qquad
-        \hat\mu_t = h / \lambda,\qquad c: \lambda(0) = 0.2
+        \hat\mu_t = m\,(1 + 1 / \lambda),\qquad c: \lambda(0) = 0.2,
 
-    It is the same family as a mean and a scale, but what it adds to the posterior mean is h / (lambda +
-    sigma_t^{-2}): the gradient of h survives where lambda is near zero, which is where training starts to
-    push it. With a mean in place of h it does not, and the layer stays at its prior (measured on 8x8 digits:
-    0.00 nats, for any number of steps tried).
+    so that m is the mean of the posterior under a standard normal prior, N(m, 1 / (1 + lambda)).  Its gradient survives
+    where lambda is near zero, which is where training starts to push it; and a sharp posterior needs no large m.  With
+    the evidence's own mean in the place of m the layer stays at its prior (measured on 8x8 digits: 0.00 nats, for any
+    number of steps tried), with its precision times its mean it learns slowly (binary MNIST, three layers, five minutes
+    of one thread: a bound of -90.7 nats an image, against -79.0 as it is here).
 
     Args:
         features: network from d_{t-1} (and the context, by the rule of :mod:`pyro_hvae.kernels`) to d_t.
-        head: network from d_t to (..., 2 d): h and r side by side along the first event dim.
+        head: network from d_t to (..., 2 d): m and r side by side along the first event dim.
         activation: module applied to the features; default none.
         event_dim: dims of one event of z_t, >= 1.
         min_precision: lambda_min > 0, in units of z^-2.
@@ -87,7 +88,7 @@ class Evidence(Kernel):
     ) -> None:
         super().__init__(features, event_dim)
         if event_dim < 1:
-            raise ValueError("Evidence needs event_dim >= 1: h and r stand side by side along the first event dim.")
+            raise ValueError("Evidence needs event_dim >= 1: m and r stand side by side along the first event dim.")
         if not 0.0 < min_precision < _FIRST_PRECISION:
             raise ValueError(f"min_precision must lie in (0, {_FIRST_PRECISION}), got {min_precision}.")
         self.activation = nn.Identity() if activation is None else activation
@@ -99,9 +100,9 @@ class Evidence(Kernel):
         self, below: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, TorchDistribution]:
         features = self.activation(self.parameters_of(below, context))
-        shift, raw = halves(self, self.head(features))
+        mean, raw = halves(self, self.head(features))
         precision = F.softplus(raw + self._shift) + self.min_precision
-        return features, dist.Normal(shift / precision, precision.rsqrt()).to_event(self.event_dim)
+        return features, dist.Normal(mean * (1 + 1 / precision), precision.rsqrt()).to_event(self.event_dim)
 
 
 class Ladder(Chain):

@@ -194,18 +194,20 @@ class TestErrors:
 
 
 class TestEvidence:
-    def test_head_yields_natural_parameters(self):
-        """Merged with N(m, s^2): precision 1/s^2 + lambda, mean (m / s^2 + h) / precision."""
+    def test_head_yields_the_posterior_mean_under_a_standard_normal_prior(self):
+        """Merged with N(mu, s^2): precision 1/s^2 + lambda, mean (mu / s^2 + m (1 + lambda)) / precision."""
         rung = Evidence(nn.Identity(), nn.Identity(), min_precision=0.01)
         given = torch.randn(4, 6)
         _, evidence = rung(given)
-        h, raw = given.chunk(2, -1)
+        mean, raw = given.chunk(2, -1)
         precision = 0.01 + nn.functional.softplus(raw + rung._shift)
         prior = dist.Normal(torch.randn(4, 3), torch.rand(4, 3) + 0.5).to_event(1)
         found = merge("z", prior, evidence)
         total = prior.variance**-1 + precision
         torch.testing.assert_close(found.variance, 1 / total)
-        torch.testing.assert_close(found.mean, (prior.mean / prior.variance + h) / total)
+        torch.testing.assert_close(found.mean, (prior.mean / prior.variance + mean * (1 + precision)) / total)
+        standard = merge("z", dist.Normal(torch.zeros(4, 3), 1.0).to_event(1), evidence)
+        torch.testing.assert_close(standard.mean, mean)
 
     def test_starts_with_little_precision_and_a_live_gradient(self):
         rung = Evidence(nn.Identity(), nn.Identity())
@@ -214,7 +216,7 @@ class TestEvidence:
         torch.testing.assert_close(evidence.variance, torch.full((1, 1), 5.0))
         found = merge("z", dist.Normal(torch.zeros(1), 1.0).to_event(1), evidence)
         (gradient,) = torch.autograd.grad(found.mean.sum(), given)
-        torch.testing.assert_close(gradient, torch.tensor([[1 / 1.2, 0.0]]))
+        torch.testing.assert_close(gradient, torch.tensor([[1.0, 0.0]]))
 
     def test_refuses(self):
         with pytest.raises(ValueError, match=r"min_precision must lie in \(0, 0.2\), got 0.5"):
