@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 2 for an input that can't be used.
     """
+    from argparse import ArgumentError
+
     from jsonargparse import ArgumentParser
 
     import pyro_hvae
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     parser = ArgumentParser(
         prog="pyro-hvae",
+        exit_on_error=False,
         version=pyro_hvae.__version__,
         description="Variational auto-encoders, hierarchical VAEs and diffusion models as Pyro programs. "
         "--debug, anywhere, shows the traceback of an error.",
@@ -40,16 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in verbs.__all__:
         verb = getattr(verbs, name)
         summary = (verb.__doc__ or "").split("\n", 1)[0]
-        command = ArgumentParser(description=summary)
+        command = ArgumentParser(description=summary, exit_on_error=False)
         command.add_argument("--config", action="config", help="YAML file with any of these arguments.")
         command.add_function_arguments(verb, as_positional=True)
         commands.add_subcommand(name, command, help=summary)
-    given = parser.parse_args(words)
+    program = next((f"pyro-hvae {word}" for word in words if word in verbs.__all__), "pyro-hvae")
     try:
+        given = parser.parse_args(words)
         made = parser.instantiate(given)
         arguments = dict(made[made.verb])
         arguments.pop("config", None)
         getattr(verbs, made.verb)(**arguments)
+    except ArgumentError as error:
+        if debug:
+            raise
+        print(f"{program}: {' '.join(str(error).split())} ({program} --help tells what there is)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("pyro-hvae: interrupted", file=sys.stderr)
         return 130
@@ -57,6 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"pyro-hvae {given.verb}: {text}", file=sys.stderr)
+        print(f"{program}: {text}", file=sys.stderr)
         return 2
     return 0
