@@ -4,6 +4,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 
@@ -99,6 +100,27 @@ def test_terms_are_those_of_the_decomposition(depth, which):
 
 def flat(gradients):
     return torch.cat([g.flatten() for g in gradients])
+
+
+def test_a_closed_form_has_the_scale_and_the_mask_of_its_site():
+    mask = torch.tensor([True, True, False, True])
+
+    def layer(loc, scale):
+        with poutine.mask(mask=mask), poutine.scale(scale=2.5):
+            return pyro.sample("z", dist.Normal(loc, scale))
+
+    def model(x):
+        with data(4):
+            pyro.sample("x", dist.Normal(layer(torch.zeros(4), 1.0), 1.0), obs=x)
+
+    def guide(x):
+        with data(4):
+            layer(x / 2, 0.6)
+
+    x = torch.randn(4)
+    terms = ph.LayerwiseELBO().terms(model, guide, x)
+    exact = 0.5 * (0.36 + (x / 2) ** 2 - 1) - math.log(0.6)
+    torch.testing.assert_close(terms["kl_z"], 2.5 * exact * mask)
 
 
 @pytest.mark.parametrize("which", ["other", "other_top_down"])

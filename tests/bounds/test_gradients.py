@@ -315,7 +315,7 @@ def test_more_particles_have_a_baseline():
 
 
 def mixed_pair(size):
-    learned = copies(size, tilt=0.4, gain=0.5, shift=0.3, reach=1.5)
+    learned = copies(size, tilt=0.4, gain=0.5, shift=0.3, spread=0.6, reach=1.5)
 
     def model(x):
         with data(size):
@@ -326,17 +326,21 @@ def mixed_pair(size):
     def guide(x):
         with data(size):
             c = pyro.sample("c", dist.Bernoulli(logits=learned["tilt"] * x))
-            pyro.sample("z", dist.Normal(learned["gain"] * x + learned["shift"] * c, 0.6))
+            pyro.sample("z", dist.Normal(learned["gain"] * x + learned["shift"] * c, learned["spread"]))
 
     return model, guide, learned
 
 
 @pytest.mark.parametrize(
-    ("bound", "reduce"),
-    [(ph.TraceELBO(2, "score"), lambda w: w.mean(0)), (ph.IWELBO(2, "vimco"), lambda w: w.logsumexp(0) - math.log(2))],
-    ids=["score", "vimco"],
+    ("bound", "count", "reduce"),
+    [
+        (ph.TraceELBO(1, "score"), 1, lambda w: w.mean(0)),
+        (ph.TraceELBO(2, "score"), 2, lambda w: w.mean(0)),
+        (ph.IWELBO(2, "vimco"), 2, lambda w: w.logsumexp(0) - math.log(2)),
+    ],
+    ids=["score, K=1", "score, K=2", "vimco"],
 )
-def test_mixed_layers(bound, reduce):
+def test_mixed_layers(bound, count, reduce):
     """Score at the discrete site, pathwise at the other: against the discrete one summed out by hand."""
     size = 100_000
     x = X.double().expand(size)
@@ -344,15 +348,15 @@ def test_mixed_layers(bound, reduce):
     found = gradients(bound, model, guide, learned, x)
     _, _, p = mixed_pair(size)
     logits = p["tilt"] * x
-    noise = torch.randn(2, size)
+    noise = torch.randn(count, size)
     total = 0.0
-    for pattern in itertools.product((0.0, 1.0), repeat=2):
+    for pattern in itertools.product((0.0, 1.0), repeat=count):
         c = torch.tensor(pattern)[:, None]
-        log_c = dist.Bernoulli(logits=logits).log_prob(c.expand(2, size))
+        log_c = dist.Bernoulli(logits=logits).log_prob(c.expand(count, size))
         loc = p["gain"] * x + p["shift"] * c
-        z = loc + 0.6 * noise
+        z = loc + p["spread"] * noise
         w = dist.Bernoulli(0.3).log_prob(c) + dist.Normal(p["reach"] * c - 1.0, 0.8).log_prob(z)
-        w = w + dist.Normal(z, 0.5).log_prob(x) - log_c - dist.Normal(loc, 0.6).log_prob(z)
+        w = w + dist.Normal(z, 0.5).log_prob(x) - log_c - dist.Normal(loc, p["spread"]).log_prob(z)
         total = total + log_c.sum(0).exp() * reduce(w)
     reference = dict(zip(p, torch.autograd.grad(total.sum(), list(p.values())), strict=True))
     for name, values in found.items():

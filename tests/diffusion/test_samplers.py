@@ -138,3 +138,19 @@ def test_arguments():
         ddim(mixture(), 2, num_steps=0)
     with pytest.raises(ValueError, match="eta"):
         ddim(mixture(), 2, eta=2.0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"), [(ddim, 1), (dpm_solver, 2), (probability_flow, 2)], ids=["ddim", "dpm_solver", "heun"]
+)
+def test_order_of_the_solvers(sampler, order):
+    """From the same noise all end where the flow does; twice the steps divide the error by 2 to the order."""
+    model = mixture(-6.0, 6.0)
+
+    def drawn(solver, steps):
+        torch.manual_seed(4)
+        return solver(model, 400, num_steps=steps, mean=True)
+
+    exact = drawn(probability_flow, 1500)
+    errors = [(drawn(sampler, steps) - exact).norm() for steps in (100, 200)]
+    assert 0.75 * 2**order < errors[0] / errors[1] < 1.5 * 2**order
