@@ -13,47 +13,24 @@ Reference: Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyro.poutine as poutine
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import kl_divergence
 
 from pyro_hvae.bounds.base import Bound, Estimate, Program
+from pyro_hvae.bounds.capability import check_capable, check_data, data_of
 
-__all__ = ["DiffusionELBO", "Reversible", "ReversibleModel", "SimpleDiffusionLoss"]
+__all__ = ["DiffusionELBO", "SimpleDiffusionLoss"]
 
 SAMPLING = ("antithetic", "uniform", "importance", "exact")
 _BINS = 64
-
-
-class Reversible(Protocol):
-    """A guide whose marginals and reversed steps are known: q(z_t|x) and q(z_s|z_t, x) at times 0 <= s < t <= 1.
-
-    ``num_layers`` layers stand at ``schedule``-like times of :meth:`times`; None is continuous time.  Calling it with
-    ``visit=f`` returns ``f(self)`` from inside of the module's call, where its parameters register.
-    """
-
-    num_layers: int | None
-
-    def __call__(self, *args: Any, visit: Callable[[Any], Any]) -> Any: ...
-    def marginal(self, t: Tensor, x: Tensor) -> Distribution: ...
-    def posterior(self, s: Tensor, t: Tensor, z_t: Tensor, x: Tensor) -> Distribution: ...
-
-
-class ReversibleModel(Protocol):
-    """The model of such a chain.  A method ``matching(s, t, z_t, noise, context)``, if there is one, gives the layers'
-    divergences in a closed form that loses no digits (and, for ``s=None``, their rate in continuous time)."""
-
-    def __call__(self, *args: Any, visit: Callable[[Any], Any]) -> Any: ...
-    def prior(self, like: Tensor) -> Distribution: ...
-    def transition(self, s: Tensor, t: Tensor, z_t: Tensor, context: Any = None) -> Distribution: ...
-    def likelihood(self, z_1: Tensor, context: Any = None) -> Distribution: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +52,7 @@ class DiffusionELBO(Bound):
 
     Raises:
         ValueError: for counts below one, an unknown sampling, or ``"exact"`` in continuous time.
-        TypeError: for programs without the capability (:class:`Reversible`, :class:`ReversibleModel`).
+        TypeError: for programs without the capability (:mod:`pyro_hvae.bounds.capability`).
 
     Reference:
         Variational Diffusion Models (Kingma et al., 2021); Improved Denoising Diffusion Probabilistic Models (Nichol
@@ -127,7 +104,7 @@ class DiffusionELBO(Bound):
             Times t of the layers' upper ends, (L,), and their terms, (L, N): nats, or in continuous time nats per unit
             of t.
         """
-        _check_capable(model, guide)
+        check_capable(model, guide)
         found: list[Tensor] = []
         total = getattr(guide, "num_layers", None)
         if total == 1:
@@ -153,18 +130,25 @@ class DiffusionELBO(Bound):
     def _visit(
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], _Visited, float]:
-        _check_capable(model, guide)
-        x, context, mask, data_size = _arguments(args, kwargs)
+        check_capable(model, guide)
+        x, context, mask, data_size = data_of(args, kwargs)
         found: dict[str, Tensor] = {}
+        chains: list[Any] = []
         inner: list[Trace] = []
 
         def inside_guide(q: Any) -> None:
             def inside_model(p: Any) -> None:
+                chains.append(p)
                 found.update(self._layers(p, q, x, context, mask))
 
             inner.append(poutine.trace(model).get_trace(visit=inside_model))
 
-        guide_trace = poutine.trace(guide).get_trace(x, visit=inside_guide)
+        try:
+            guide_trace = poutine.trace(guide).get_trace(x, visit=inside_guide)
+        except (ValueError, RuntimeError):
+            for chain in chains:
+                check_data(chain, x, context, mask)
+            raise
         scale = 1.0 if data_size is None else data_size / x.shape[0]
         return found, _Visited(inner[0], guide_trace), scale
 
@@ -337,33 +321,6 @@ def _layer(p: Any, q: Any, s: Tensor | None, t: Tensor, x: Tensor, context: Any)
     if s is None:
         raise TypeError("continuous time needs a model with matching(s, t, z_t, noise, context)")
     return kl_divergence(q.posterior(s, t, z_t, x), p.transition(s, t, z_t, context))
-
-
-def _check_capable(model: Program, guide: Program) -> None:
-    for which, program, needed in (
-        ("guide", guide, ("marginal", "posterior", "num_layers")),
-        ("model", model, ("prior", "transition", "likelihood")),
-    ):
-        missing = [name for name in needed if not hasattr(program, name)]
-        if missing:
-            raise TypeError(
-                f"DiffusionELBO needs a chain whose marginals are known, and the {which} "
-                f"{type(program).__name__} has no {', '.join(missing)}: use LayerwiseELBO or TraceELBO, which "
-                "read any pair"
-            )
-
-
-def _arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor | None, int | None]:
-    known = {"x", "context", "mask", "data_size"}
-    unknown = sorted(set(kwargs) - known)
-    if unknown or len(args) > 1:
-        raise TypeError(
-            f"a diffusion is called with (x, *, context, mask, data_size); got {len(args)} positional, {unknown}"
-        )
-    x = args[0] if args else kwargs.get("x")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"DiffusionELBO needs data x as a tensor, got {type(x).__name__}")
-    return x, kwargs.get("context"), kwargs.get("mask"), kwargs.get("data_size")
 
 
 def _broadcast(mask: Tensor, x: Tensor) -> Tensor:

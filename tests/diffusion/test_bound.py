@@ -176,3 +176,19 @@ def test_single_layers_add_up(num_layers):
     assert times.shape == ((11,) if num_layers else (101,))
     error = ((whole.var() + total.var()) / 4000).sqrt()
     assert abs(total.mean() - whole.mean()) < 4 * error + (0 if num_layers else 2e-3 * total.mean())
+
+
+def test_data_that_do_not_fit_are_named():
+    parts = {"event_shape": 2, "schedule": LinearSchedule(-5.0, 3.0)}
+    model, guide = vdm(Linear(), num_layers=None, **parts)
+    with pytest.raises(ValueError, match=r"^x has shape \(4, 3\), .*; the chain's are of shape \(2,\)$"):
+        DiffusionELBO().per_datum(model, guide, torch.randn(4, 3))
+    x = torch.randn(4, 2)
+    x[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"^1 of 8 observed values at site 'x' are NaN .* index \(2, 1\)"):
+        DiffusionELBO().per_datum(model, guide, x)
+    mask = x.isfinite()
+    assert DiffusionELBO().per_datum(model, guide, x, mask=mask).isfinite().all()
+    model, guide = vdm(Linear(), num_layers=5, likelihood=ph.Bernoulli(torch.nn.Linear(2, 2)), **parts)
+    with pytest.raises(ValueError, match=r"^8 of 8 observed values at site 'x' lie outside of the support of Bern"):
+        DiffusionELBO().per_datum(model, guide, torch.full((4, 2), 0.5))
