@@ -159,7 +159,7 @@ def fit(
         >>> abs(float(result.guide.median()["mean"]) - float(x.mean())) < 0.2
         True
     """
-    _check_arguments(epochs=epochs, steps=steps, accumulate=accumulate, keep=keep, log_every=log_every)
+    _check_arguments(bound, epochs=epochs, steps=steps, accumulate=accumulate, keep=keep, log_every=log_every)
     ranks = Ranks(fabric)
     directory = None if run_dir is None else Path(run_dir)
     source = _resume_from(directory, resume, ranks)
@@ -280,7 +280,10 @@ def fit_restarts(
     return results
 
 
-def _check_arguments(*, epochs: int | None, steps: int | None, **counts: int) -> None:
+def _check_arguments(bound: Any, *, epochs: int | None, steps: int | None, **counts: int) -> None:
+    if isinstance(bound, type) or not hasattr(bound, "differentiable_loss"):
+        what = f"the class {bound.__name__}: call it" if isinstance(bound, type) else repr(bound)
+        raise TypeError(f"bound is an object such as LayerwiseELBO() or IWELBO(num_particles=8); this is {what}")
     if (epochs is None) == (steps is None):
         raise ValueError(f"give exactly one of epochs and steps, got epochs={epochs} and steps={steps}")
     for name, value in {"epochs": epochs, "steps": steps, **counts}.items():

@@ -99,6 +99,12 @@ def test_refused_arguments(options, message, data):
         fit(Model(), Guide(), data, bound=TraceELBO(), **options, **quiet)
 
 
+@pytest.mark.parametrize(("bound", "message"), [(TraceELBO, "the class TraceELBO: call it"), ("ELBO", "'ELBO'")])
+def test_what_is_no_bound_is_refused(bound, message, data):
+    with pytest.raises(TypeError, match=message):
+        fit(Model(), Guide(), data, bound=bound, steps=1, **quiet)
+
+
 def test_pyro_optimisers_are_refused_with_the_reason(data):
     with pytest.raises(TypeError, match=r"belong to pyro\.infer\.SVI"):
         fit(Model(), Guide(), data, bound=TraceELBO(), steps=1, optimizer=pyro.optim.Adam({"lr": 1e-3}), **quiet)
