@@ -105,6 +105,7 @@ class Normal(Family):
 
     def match(self, values: Tensor, weights: Tensor) -> None:
         u = self.transform.inv(values)
+        weights = weights.reshape(weights.shape[: weights.dim() - (values.dim() - u.dim())])  # a matrix becomes a row
         loc = (weights * u).sum(0)
         variance = (weights * (u - loc) ** 2).sum(0)
         self.set(loc, 0.5 * variance.clamp(min=1e-24).log())

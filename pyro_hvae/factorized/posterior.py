@@ -94,6 +94,12 @@ class Joint:
                     f"the guide draws {list(reading.structure.auxiliary)}, which the model lacks: the density of its "
                     "draws of the latents is an integral over them that nobody knows. Give a guide without such sites"
                 )
+            missing = [name for name in self.latents.sites if name not in reading.values]
+            if missing:
+                raise ValueError(
+                    f"the guide draws nothing for site(s) {missing}, which the model sums out: give a guide that draws "
+                    "them too, or use log_evidence, which takes it as it is"
+                )
             for name, site in self.latents.sites.items():
                 values[name].append(reading.values[name].reshape(part, *site.shape))
             log_p.append(self.shaped(reading, reading.log_p))
@@ -278,16 +284,27 @@ def gaussian(joint: Joint) -> Gaussian | None:
         return log_p.detach(), slope.detach(), curve
 
     first = gradient(zero.clone(), twice=True)
-    if first is None or not bool(torch.isfinite(first[1]).all() & torch.isfinite(first[2]).all()):
+    if first is None or not all(bool(torch.isfinite(part).all()) for part in first):
         return None
     log_p, slope, curve = first
+
+    def quadratic(z: Tensor) -> bool:
+        """Whether value and slope at a point are those that the derivatives at zero foretell."""
+        there = gradient(z)
+        bend = (curve @ z[..., None])[..., 0]
+        expected = log_p + ((slope + 0.5 * bend) * z).sum(-1)
+        size = slope.abs().max() + (curve.abs() @ z.abs()[..., None]).max()
+        height = log_p.abs().max() + ((slope.abs() + bend.abs()) * z.abs()).sum(-1).max()
+        tolerance = 1e3 * torch.finfo(zero.dtype).eps
+        return (
+            there is not None
+            and bool(((there[1] - slope - bend).abs() <= tolerance * size).all())
+            and bool(((there[0] - expected).abs() <= tolerance * height).all())
+        )
+
     generator = torch.Generator().manual_seed(0)  # a test of the model, which must not change what is drawn later
     for scale in (0.3, 1.0, 10.0):
-        z = scale * torch.randn(zero.shape, generator=generator, dtype=zero.dtype).to(zero)
-        there = gradient(z)
-        linear = slope + (curve @ z[..., None])[..., 0]
-        size = slope.abs().max() + (curve.abs() @ z.abs()[..., None]).max()
-        if there is None or bool(((there[1] - linear).abs() > 1e3 * torch.finfo(zero.dtype).eps * size).any()):
+        if not quadratic(scale * torch.randn(zero.shape, generator=generator, dtype=zero.dtype).to(zero)):
             return None
     precision = -0.5 * (curve + curve.mT)
     factor, failed = torch.linalg.cholesky_ex(precision)
@@ -297,6 +314,11 @@ def gaussian(joint: Joint) -> Gaussian | None:
             f"maximum for {int((failed > 0).sum())} of {failed.numel()} data; give the latents proper priors"
         )
     mean = torch.cholesky_solve(slope[..., None], factor)[..., 0]
+    side = torch.randn(zero.shape, generator=generator, dtype=zero.dtype).sign().to(zero)
+    away = torch.linalg.solve_triangular(factor.mT, side[..., None], upper=True)[..., 0]
+    for deviations in (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0):  # and where the posterior is
+        if not quadratic(mean + deviations * away):
+            return None
     log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     evidence = log_p + 0.5 * (slope * mean).sum(-1) + 0.5 * dims * math.log(2 * math.pi) - log_det
     return Gaussian(joint, mean, precision, evidence)

@@ -8,7 +8,9 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
+from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
+from torch.distributions import Independent
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_hvae.traces.reading import Reading
@@ -144,12 +146,37 @@ def given(
 
 
 def prior_guide(model: Program) -> Program:
-    """The model's own latents, drawn as if nothing was observed, as a guide."""
+    """The model's own latents, drawn as if nothing was observed, as a guide.
 
-    def hidden(msg: Mapping[str, Any]) -> bool:
-        return msg["type"] == "sample" and msg["is_observed"]
+    Raises:
+        ValueError: when it is run, for a latent that can't be drawn, as under an improper prior.
+    """
+    return _Prior()(model)
 
-    return poutine.block(model, hide_fn=hidden)
+
+class _Prior(BlockMessenger):
+    """Hide what is observed, and say which latent the prior can't draw."""
+
+    def __init__(self) -> None:
+        super().__init__(hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
+        self.last: Any = None
+
+    def _process_message(self, msg: Any) -> None:
+        super()._process_message(msg)
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            self.last = msg["name"], msg["fn"]
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        last, self.last = self.last, None
+        super().__exit__(kind, error, trace)
+        if isinstance(error, NotImplementedError) and last is not None:
+            name, fn = last
+            while isinstance(fn, Independent):
+                fn = fn.base_dist
+            raise ValueError(
+                f"site '{name}' can't be drawn from its prior ({type(fn).__name__}): {str(error).splitlines()[0]}. "
+                "Draw from a guide instead, or give the site a proper prior"
+            ) from error
 
 
 def simulate(

@@ -231,3 +231,32 @@ def test_exactness_is_seen_in_either_precision(dtype):
             pyro.sample("x", dist.Normal((basis @ slope[..., None])[..., 0] ** power, 0.5), obs=x)
 
     assert "Gaussian" in forward_kl(model, x, 1).how
+
+
+def test_a_wall_in_a_gaussian_is_no_gaussian():
+    """Gradients are those of a Gaussian on both sides of the wall; the values are not."""
+
+    def walled(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.factor("wall", torch.where(z > 0, 0.0, -math.inf))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def step(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.factor("step", torch.where(z > 9.0, 5.0, 0.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    x = torch.tensor([-1.0, 0.5])
+    centre, width = x / 2, 0.5**0.5
+    normal = dist.Normal(0.0, 1.0)
+    moved = centre + width * normal.log_prob(centre / width).exp() / normal.cdf(centre / width)
+    guide = forward_kl(walled, x, num_samples=40_000)
+    close(guide.distribution("z").mean, moved, atol=0.02)
+    with pytest.raises(ValueError, match="known for Gaussian"):
+        total_correlation(walled, x)
+    with pytest.raises(ValueError, match="the ELBO is -inf at step 0"):
+        reverse_kl(walled, x)
+    with pytest.raises(ValueError, match="known for Gaussian"):
+        total_correlation(step, torch.tensor([9.0, 0.0]))

@@ -247,3 +247,27 @@ def test_a_proposal_with_sites_of_its_own_is_refused():
 
     with pytest.raises(ValueError, match=r"the guide draws \['u'\], which the model lacks"):
         forward_kl(plain, X, proposal=proposal)
+
+
+def test_what_can_not_be_drawn_is_named():
+    def improper(x):
+        pyro.sample("a", dist.ImproperUniform(dist.constraints.real, torch.Size(), torch.Size()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    for fit in (forward_kl, reverse_kl):
+        with pytest.raises(ValueError, match=r"site 'a' can't be drawn from its prior \(ImproperUniform\)"):
+            fit(improper, X)
+
+    def summed(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + c, 1.0), obs=x)
+
+    def without(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    with pytest.raises(ValueError, match=r"draws nothing for site\(s\) \['c'\], which the model sums out"):
+        compare_guides(summed, X, guides={"without": without})

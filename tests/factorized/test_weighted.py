@@ -252,3 +252,22 @@ def test_matched_expectations_agree_to_round_off():
     a = shares.concentration
     expected = (weights[..., None] * values["shares"].log()).sum(0)
     close(a.digamma() - a.sum(-1, keepdim=True).digamma(), expected, 1e-7)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_support_with_fewer_numbers_than_entries(size):
+    """Of a Cholesky factor of correlations the three free numbers are matched, alone or one factor a datum."""
+
+    def model():
+        with pyro.plate("data", size):
+            pyro.sample("factor", dist.LKJCholesky(3, torch.tensor(2.0)))
+
+    site = dist.LKJCholesky(3, torch.tensor(2.0))
+    free = dist.transforms.CorrCholeskyTransform().inv(site.sample((20_000,)))
+    guide = forward_kl(model, num_samples=20_000)
+    normal = guide.factor("factor")
+    close(normal.loc, free.mean(0).expand(size, 3), 0.03)
+    close(normal.log_scale.exp(), free.std(0).expand(size, 3), 0.03)
+    assert guide.distribution("factor").sample().shape == (size, 3, 3)
+    for elbo in compare_guides(model, guides={"forward": guide}, num_samples=2000).elbo[0].reshape(-1):
+        assert -0.2 < elbo < 0.0
