@@ -205,6 +205,8 @@ class Moves:
         log_step = torch.full_like(self.path.difference(state)[0], math.log(self.first_step))
         variances = {name: _variance(value) for name, value in state.items()}
         for t in range(len(self.betas)):
+            if t < 2:  # the base may reach where the joint is zero; nothing above it does
+                state = self.path.revived(state)
             scales = {name: variance.sqrt() for name, variance in variances.items()}
             for attempt in range(30 if t == 0 else 2):
                 state, accepted = hamiltonian(
@@ -247,6 +249,7 @@ def adaptive_temperatures(path: Path, *, target: float = 0.9, num_leapfrog: int 
     while betas[-1] < 1.0:
         if len(betas) > most:
             raise ValueError(f"{most} temperatures do not suffice (reached beta = {betas[-1]:.3g}): lower the target")
+        state = path.revived(state)
         slope = path.difference(state)
         low, high = 0.0, 1.0 - betas[-1]
         if _cess(high * slope) < target:
@@ -339,22 +342,15 @@ def anneal(
             fixed = adaptive_temperatures(pilot, num_leapfrog=num_leapfrog)
         moves = Moves(pilot, fixed, num_leapfrog=num_leapfrog, num_moves=num_moves)
         opening = pilot.start()
-        _check_start(pilot.difference(opening))
+        _check_start(pilot.difference(opening), given=False)
         moves.tune(opening)
 
     path = Path(model, start_from, args, kwargs, num_chains)
     moves = moves.on(path)
     state = path.start() if reverse_from is None else path.unconstrain(reverse_from)
-    _check_start(path.difference(state))
+    _check_start(path.difference(state), given=reverse_from is not None)
     for _ in range(num_refreshes if reverse_from is not None else 0):
         state = moves(state, len(moves.betas) - 1)
-
-    def pick(chains: State, index: Tensor) -> State:
-        picked = {}
-        for name, value in chains.items():
-            spread = path.spread(index, name, value).expand(value.shape)
-            picked[name] = value.gather(0, spread)
-        return picked
 
     state, weights = annealing(
         state,
@@ -362,18 +358,36 @@ def anneal(
         moves,
         moves.betas,
         reverse=reverse_from is not None,
-        resample=pick if resample and num_chains > 1 else None,
+        resample=path.picked if resample and num_chains > 1 else None,
         progress=progress,
     )
     return Chains(weights, path.constrain(state), moves)
 
 
-def _check_start(difference: Tensor) -> None:
+def _check_start(difference: Tensor, *, given: bool) -> None:
+    """Refuse what no chain can start from; ``given`` are posterior draws, of which each must be possible."""
+    if given:
+        for bad, what in (
+            (difference == torch.inf, "outside of the support of the base: give a base that covers the posterior"),
+            (~torch.isfinite(difference), "impossible under the model (log p(x, z) is -inf or NaN): no posterior draw"),
+        ):
+            if bool(bad.any()):
+                raise ValueError(f"{int(bad.sum())} of {bad.numel()} given draws are {what}{_first(bad.any(0))}")
+        return
+    undefined = torch.isnan(difference).any(0)
+    if bool(undefined.any()):
+        raise ValueError(
+            f"{int(undefined.sum())} of {undefined.numel()} data have a log joint that is NaN at a draw of the base"
+            + _first(undefined)
+        )
     bad = (~torch.isfinite(difference)).all(0)
     if bool(bad.any()):
-        first = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"{int(bad.sum())} of {bad.numel()} data have no chain whose log joint is finite at the start"
-            + (f" (the first has index {first})" if first else "")
-            + ": the observation is impossible under every draw of the base"
+            f"{_first(bad)}: the observation is impossible under each of {len(difference)} draws of the base"
         )
+
+
+def _first(bad: Tensor) -> str:
+    index = tuple(int(i) for i in bad.nonzero()[0])
+    return f" (the first has index {index})" if index else ""

@@ -73,9 +73,11 @@ class PosteriorGap:
         return self.refined_elbo - self.elbo
 
     def __str__(self) -> str:
+        poor = int((self.evidence.khat >= 0.7).sum())
         return (
             f"log p(x) - ELBO, mean over {self.elbo.numel()} data: {float(self.total.mean()):.4f} nats = approximation "
             f"{float(self.approximation.mean()):.4f} + amortisation {float(self.amortisation.mean()):.4f}"
+            + (f"; not to be trusted for {poor}, where log p(x) has k-hat >= 0.7" if poor else "")
         )
 
 

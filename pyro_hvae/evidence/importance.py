@@ -82,8 +82,8 @@ def log_evidence(
     r"""Estimate log p(x) for each datum.
 
     Args:
-        model, guide: Pyro programs, called with ``args`` and ``kwargs``.  The guide may be None for ``"prior"`` and
-            ``"enumerate"``.
+        model, guide: Pyro programs, called with ``args`` and ``kwargs``.  The guide may be None for ``"prior"``,
+            ``"annealed"`` (from the prior) and ``"enumerate"``.
         num_samples: K draws a datum.
         method: ``"importance"`` weighs draws of the guide; ``"prior"`` draws of the prior; ``"bayes"`` divides the
             joint by the posterior density at a point; ``"annealed"`` runs annealed importance sampling from the guide
@@ -118,7 +118,7 @@ def log_evidence(
     """
     if method not in _METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(_METHODS)}")
-    if guide is None and method not in ("prior", "enumerate"):
+    if guide is None and method in ("importance", "bayes"):
         raise ValueError(f"method {method!r} draws from a guide, and guide is None: use 'prior', or give one")
     least = 1 if method == "enumerate" else 10
     if num_samples < least or (chunk_size is not None and chunk_size < 1):
@@ -238,7 +238,8 @@ def _bayes(
     r"""log p(x, z*) less log p(z*|x), with p(z*|x) = q(z*) E_post[a(z, z*)] / E_q[a(z*, z)].
 
     a(z, z') = min(1, w(z')/w(z)) accepts a proposal of the independence sampler.  The two expectations have draws of
-    their own; z* is the draw of median weight of a third set, where the posterior is neither thin nor the guide.
+    their own; z* is the draw of median weight, among those that are possible, of a third set, where the posterior is
+    neither thin nor the guide.
     """
     assert guide is not None
     third = num_samples // 3
@@ -246,7 +247,7 @@ def _bayes(
     pilot, posterior, proposal = (
         drawn_weights(model, guide, args, kwargs, size, chunk_size, progress) for size in sizes
     )
-    at_point = pilot.nanquantile(0.5, 0, interpolation="nearest")
+    at_point = pilot.masked_fill(pilot == -torch.inf, torch.nan).nanquantile(0.5, 0, interpolation="nearest")
     normalised = posterior.log_softmax(0)
     accepted = (at_point - posterior).clamp(max=0.0)
     into = (normalised + accepted).logsumexp(0)
@@ -301,12 +302,14 @@ def _annealed(
 ) -> Evidence:
     from pyro_hvae.evidence.annealed import anneal
 
-    size = chunk_size or default_chunk(structure(model, guide or prior_guide(model), args, kwargs))
+    base = "prior" if guide is None else "guide"
+    size = chunk_size or default_chunk(structure(model, prior_guide(model) if guide is None else guide, args, kwargs))
     parts: list[Tensor] = []
     moves = None
     for start in range(0, num_samples, size):
         count = min(size, num_samples - start)
-        chains = anneal(model, guide, *args, num_chains=count, moves=moves, progress=progress, **kwargs)
+        options: dict[str, Any] = {"base": base, "num_chains": count, "moves": moves, "progress": progress}
+        chains = anneal(model, guide, *args, **options, **kwargs)
         parts.append(chains.log_weights)
         moves = chains.moves
     weights = torch.cat(parts)

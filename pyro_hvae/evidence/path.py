@@ -74,19 +74,47 @@ class Path:
             reading = read(self.model, self.base, self.args, self.kwargs, num_particles=self.num_chains)
         return self.unconstrain(reading.values)
 
+    def revived(self, state: State, alive: Tensor | None = None) -> State:
+        """Put dead chains, by default those where the joint is zero, where others of their datum are.
+
+        That is for starts and pilots, whose chains have no weights that it would spoil.
+        """
+        alive = torch.isfinite(self.difference(state)) if alive is None else alive
+        if bool(alive.all()) or not bool(alive.any(0).all()):
+            return state
+        order = torch.arange(len(alive), device=alive.device).reshape(-1, *(1,) * (alive.dim() - 1))
+        ranked = alive.to(torch.int8).argsort(dim=0, descending=True, stable=True)  # those alive first
+        index = torch.where(alive, order, ranked.gather(0, order % alive.sum(0)))
+        return self.picked(state, index)
+
+    def picked(self, state: State, index: Tensor) -> State:
+        """For each chain and datum the state of the chain that ``index`` says, ``(K, *plates)``."""
+        return {
+            name: value.gather(0, self.spread(index, name, value).expand(value.shape)) for name, value in state.items()
+        }
+
     def unconstrain(self, values: Mapping[str, Tensor]) -> State:
         """States at given latent values, one for each chain.
 
         Raises:
-            ValueError: if a site is missing, or has another number of draws than there are chains.
+            ValueError: if a site is missing, has another number of draws than there are chains, or values that are NaN
+                or outside of the support on which the base draws it.
         """
         missing = sorted(set(self.transforms) - set(values))
         if missing:
             raise ValueError(f"no value was given for site(s) {missing}; given: {sorted(values)}")
-        return {
-            name: transform.inv(self.evaluate.place(name, values[name])).detach()
-            for name, transform in self.transforms.items()
-        }
+        state = {}
+        for name, transform in self.transforms.items():
+            placed = self.evaluate.place(name, values[name]).detach()
+            state[name] = transform.inv(placed)
+            # Transforms clip, so a value from elsewhere comes back as another one.
+            lost = ~((transform(state[name]) - placed).abs() <= 1e-3 * (1 + placed.abs()))
+            if bool(lost.any()):
+                raise ValueError(
+                    f"site '{name}' has {int(lost.sum())} values that are NaN or outside of "
+                    f"{self.evaluate.template.nodes[name]['fn'].support}, where the base draws it: {placed[lost][:3]}"
+                )
+        return state
 
     def constrain(self, state: State) -> dict[str, Tensor]:
         return {name: transform(state[name]) for name, transform in self.transforms.items()}
@@ -97,9 +125,8 @@ class Path:
         reading = self.evaluate(values)
         volume: Any = 0.0
         for name, transform in self.transforms.items():
-            event_dim = self.evaluate.template.nodes[name]["fn"].event_dim
             change = transform.log_abs_det_jacobian(state[name], values[name])
-            extra = change.dim() - (state[name].dim() - event_dim)
+            extra = change.dim() - (state[name].dim() - self._event_dim(name))
             volume = volume + reading.reduce(change.sum(tuple(range(-extra, 0))) if extra > 0 else change)
         log_q = sum(reading.log_q[name] for name in self.transforms) + volume
         log_p = sum(reading.log_p.values()) + volume
@@ -117,7 +144,8 @@ class Path:
         leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
         with torch.enable_grad():
             log_q, log_p, _ = self.densities(leaves)
-            log_f = (1 - beta) * log_q + beta * log_p
+            # At an end the other density has no say, not even where it is zero.
+            log_f = log_q if beta == 0 else log_p if beta == 1 else (1 - beta) * log_q + beta * log_p
             slopes = torch.autograd.grad(log_f.sum(), list(leaves.values()))
         return log_f.detach(), dict(zip(leaves, slopes, strict=True))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_hvae.evidence.annealed import Chains, anneal
@@ -19,7 +20,8 @@ class Sandwich:
     """A bracket of log p(x) for each datum, in nats, shape of the plates common to all sites.
 
     Attributes:
-        lower: mean log-weight of the forward chains, less 1.96 of its standard errors.
+        lower: mean log-weight of the forward chains, less 1.96 of its standard errors; ``-inf`` where a chain started
+            at latents under which the datum is impossible, as draws of a prior may be.
         upper: mean log-weight of the reverse chains, plus 1.96 of its standard errors.
         upper_is_bound: whether the reverse chains started at given posterior draws.  Otherwise they started where the
             forward chains ended, and ``upper`` is an estimate that is low where those did not reach the posterior.
@@ -98,10 +100,14 @@ def evidence_sandwich(
     if guide is None:
         options.setdefault("base", "prior")
     forward = anneal(model, guide, *args, **options)
-    starts = forward.values if posterior_samples is None else _starts(posterior_samples, forward.values, num_chains)
+    check_weights(forward.log_weights)
+    if posterior_samples is None:
+        path = forward.moves.path
+        starts = path.constrain(path.revived(path.unconstrain(forward.values), torch.isfinite(forward.log_weights)))
+    else:
+        starts = _starts(posterior_samples, forward.values, num_chains)
     options["moves"] = forward.moves
     reverse = anneal(model, guide, *args, reverse_from=starts, **{"num_refreshes": 20, **options})
-    check_weights(forward.log_weights)
     check_weights(reverse.log_weights)
     low, below = _mean_and_error(forward.log_weights)
     high, above = _mean_and_error(reverse.log_weights)
@@ -109,7 +115,9 @@ def evidence_sandwich(
 
 
 def _mean_and_error(weights: Tensor) -> tuple[Tensor, Tensor]:
-    return weights.mean(0), weights.std(0) / weights.shape[0] ** 0.5
+    none = (weights == -torch.inf).any(0)  # a chain without weight: no bound but -inf, and no spread
+    error = weights.masked_fill(none, 0.0).std(0) / weights.shape[0] ** 0.5
+    return weights.mean(0), error
 
 
 def _starts(samples: Mapping[str, Tensor], like: Mapping[str, Tensor], num_chains: int) -> dict[str, Tensor]:
@@ -119,5 +127,10 @@ def _starts(samples: Mapping[str, Tensor], like: Mapping[str, Tensor], num_chain
             raise ValueError(f"posterior_samples has no site '{name}'; given: {sorted(samples)}")
         given = samples[name]
         single = given.numel() * num_chains == value.numel()
+        if not single and given.numel() != value.numel():
+            raise ValueError(
+                f"posterior_samples['{name}'] has shape {tuple(given.shape)}; one draw for each datum has "
+                f"{tuple(value.shape[1:])}, and {num_chains} chains have {tuple(value.shape)}: set num_chains"
+            )
         found[name] = given.reshape(value.shape[1:]).expand(value.shape) if single else given
     return found

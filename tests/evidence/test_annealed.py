@@ -1,5 +1,6 @@
 """Annealing against closed forms: the width J/N, the evidence between the sides, and what is refused (oracle 5)."""
 
+import contextlib
 import math
 
 import pyro
@@ -183,3 +184,85 @@ def test_what_cannot_be_annealed():
         anneal(two_layers, None, x, base="prior", num_chains=0)
     with pytest.raises(ValueError, match="needs a guide"):
         anneal(two_layers, None, x)
+
+
+def wall(x):
+    """Half of the prior's draws make the datum impossible."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.factor("wall", torch.where(z > 0, 0.0, -math.inf))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def exact_wall(x):
+    """N(x; 0, 2) times the share of N(x/2, 1/2) that lies right of the wall."""
+    return dist.Normal(0.0, 2**0.5).log_prob(x) + torch.log(dist.Normal(0.0, 1.0).cdf(x / 2 * 2**0.5))
+
+
+@pytest.mark.parametrize("options", [{"betas": 30}, {"betas": "adaptive"}, {"betas": 10, "resample": True}])
+def test_chains_that_start_at_the_impossible_have_no_weight_and_hinder_no_other(options):
+    x = torch.tensor([0.3, -1.0, 2.0])
+    chains = anneal(wall, None, x, base="prior", num_chains=400, **options)
+    weights = chains.log_weights
+    estimate = weights.logsumexp(0) - math.log(400)
+    share = weights.log_softmax(0).exp()
+    error = (share**2).sum(0).sub(1 / 400).sqrt() + 0.02
+    assert ((estimate - exact_wall(x)).abs() < 4 * error).all()
+    assert chains.step_sizes.min() > 0.05
+
+
+def test_a_bracket_says_minus_infinity_where_a_chain_has_no_weight():
+    x = torch.tensor([0.3, -1.0, 2.0])
+    bracket = evidence_sandwich(wall, None, x, num_chains=32, betas=40, num_leapfrog=3)
+    assert (bracket.forward.log_weights == -math.inf).any(0).all()
+    assert (bracket.lower == -math.inf).all()
+    assert torch.isfinite(bracket.reverse.log_weights).all()
+    # Half of the base has no way up, so 1/w of the way down averages to half of 1/p(x).
+    assert (bracket.upper - exact_wall(x) - math.log(2.0)).abs().max() < 0.3
+    assert "from -inf" in str(bracket)
+
+
+@pytest.mark.parametrize("plates", [0, 1])
+def test_supports_with_fewer_numbers_than_entries(plates):
+    """A Cholesky factor of 3 numbers in 9 entries, against importance weights."""
+
+    def model(x):
+        data = pyro.plate("data", len(x))
+        with data if plates else contextlib.nullcontext():
+            factor = pyro.sample("factor", dist.LKJCholesky(3, x.new_tensor(2.0)))
+        with data:
+            pyro.sample("x", dist.MultivariateNormal(x.new_zeros(3), scale_tril=factor), obs=x)
+
+    x = torch.tensor([[0.3, 0.9, -1.2], [1.0, 0.8, -0.4]])
+    weights = anneal(model, None, x, base="prior", num_chains=100, betas=20, num_leapfrog=3).log_weights
+    error = ((2 * weights.log_softmax(0)).logsumexp(0).exp() - 1 / 100).sqrt()
+    other = log_evidence(model, None, x, method="prior", num_samples=20_000)
+    estimate = weights.logsumexp(0) - math.log(100)
+    assert ((estimate - other.value).abs() < 4 * (error**2 + other.stderr**2).sqrt()).all()
+    assert (error < 0.1).all()
+
+
+def test_posterior_draws_must_be_possible_and_fit():
+    x = torch.tensor([0.3, -1.0, 2.0])
+
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(x.new_zeros(()), 1.0))
+
+    good = {"z": torch.tensor([0.5, 0.1, 1.5])}
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"16 values .* outside of Interval"):
+        evidence_sandwich(wall, narrow, x, posterior_samples=good, betas=4)
+    with pytest.raises(ValueError, match=r"16 of 48 given draws are impossible .* index \(1,\)"):
+        evidence_sandwich(wall, None, x, posterior_samples={"z": torch.tensor([0.5, -0.1, 1.5])}, betas=4)
+    with pytest.raises(ValueError, match=r"shape \(5, 3\); .* set num_chains"):
+        evidence_sandwich(wall, None, x, posterior_samples={"z": torch.rand(5, 3)}, betas=4)
+
+
+def test_a_log_joint_that_is_nan_is_refused():
+    def broken(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.factor("hole", torch.where(z > 0, 0.0, math.nan))
+
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"2 of 2 data have a log joint that is NaN"):
+        anneal(broken, None, torch.zeros(2), base="prior")

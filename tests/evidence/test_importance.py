@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hvae.evidence import log_evidence
+from pyro_hvae.evidence import log_evidence, posterior_gap
 
 
 def gaussian(x):
@@ -150,3 +150,46 @@ def test_a_part_of_the_data_is_not_the_whole():
 
     with pytest.raises(ValueError, match="'data' shows 3 of 10 indices"):
         log_evidence(model, None, X, method="prior")
+
+
+@pytest.mark.parametrize("method", ["bayes", "importance"])
+def test_draws_without_weight(method):
+    """Nine in ten draws of the guide are impossible: the point of Bayes' rule must not be one of them."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(x.new_zeros(()), 1.0))
+            pyro.factor("wall", torch.where(z < 0.1, torch.zeros_like(z), -math.inf))
+            pyro.sample("x", dist.Normal(20 * z, 1.0), obs=x)
+
+    def everywhere(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.zeros_like(x), 1.0))
+
+    x = torch.tensor([0.0, 1.0])
+    exact = torch.log((dist.Normal(0.0, 1.0).cdf(2.0 - x) - dist.Normal(0.0, 1.0).cdf(-x)) / 20)
+    found = log_evidence(model, everywhere, x, method=method, num_samples=20_000)
+    assert ((found.value - exact).abs() < 4 * found.stderr).all()
+    assert (found.stderr < 0.1).all()
+
+
+def test_annealing_starts_at_the_prior_where_there_is_no_guide():
+    found = log_evidence(gaussian, None, X, method="annealed", num_samples=100)
+    assert ((found.value - exact_gaussian(X)).abs() < 4 * found.stderr).all()
+    assert found.method == "annealed"
+
+
+def flat(x):
+    """The likelihood does not depend on z, whose prior is flat on the real line: p(x) is infinite."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.ImproperUniform(dist.constraints.real, torch.Size(), torch.Size()))
+        pyro.sample("x", dist.Normal(x.new_zeros(()), 1.0), obs=x)
+
+
+def test_an_improper_posterior_is_flagged_or_refused():
+    found = log_evidence(flat, guide(1.0), X, num_samples=4000)
+    assert (found.khat > 0.7).all()
+    gap = posterior_gap(flat, guide(1.0), X, num_steps=5, num_samples=4000)
+    assert "not to be trusted for 3, where log p(x) has k-hat >= 0.7" in str(gap)
+    with pytest.raises(ValueError, match=r"'z' can't be drawn from its prior \(ImproperUniform\).* a guide instead"):
+        log_evidence(flat, None, X, method="prior")
