@@ -50,16 +50,17 @@ class Path:
         found = self.evaluate.structure
         if not found.drawn:
             raise ValueError("the model has no latent site, so there is nothing to anneal: its evidence is exact")
-        if found.auxiliary:
+        if found.auxiliary and not self._one_to_one():
             raise ValueError(
-                f"the base draws auxiliary site(s) {list(found.auxiliary)}, whose transforms annealing can't move "
-                'through: anneal from the prior (base="prior"), or write the guide on the latents themselves'
+                f"the base draws auxiliary site(s) {list(found.auxiliary)} that are not the latents in other "
+                "coordinates, datum by datum, so that annealing can't move through them: anneal from the prior "
+                '(base="prior"), or write the guide on the latents themselves'
             )
         partial = [plate.name for plate in found.subsampled if plate not in found.common]
         if partial:
             raise ValueError(f"plate(s) {partial} are subsampled and do not enclose all sites: pass the whole data")
         self.transforms = {}
-        for name in found.drawn:
+        for name in found.auxiliary or found.drawn:
             support = self.evaluate.template.nodes[name]["fn"].support
             if support.is_discrete:
                 raise ValueError(
@@ -67,6 +68,20 @@ class Path:
                     'model with infer={"enumerate": "parallel"}'
                 )
             self.transforms[name] = biject_to(support)
+
+    def _one_to_one(self) -> bool:
+        """Whether the base draws as many numbers as the latents have, and computes the latents from them."""
+        found = self.evaluate.structure
+        with torch.no_grad():
+            model_trace = read(self.model, self.base, self.args, self.kwargs).model_trace
+        nodes = [model_trace.nodes[name] for name in found.latent]
+        free = sum(biject_to(node["fn"].support).inverse_shape(node["value"].shape).numel() for node in nodes)
+        drawn = sum(self.evaluate.template.nodes[name]["value"].numel() for name in found.auxiliary)
+        return (
+            all(found.sites[name].guide_distribution == "Delta" for name in found.latent)
+            and all(set(found.common) <= set(found.sites[name].plates) for name in found.auxiliary)
+            and free == drawn
+        )
 
     def start(self) -> State:
         """Independent draws of the base."""
@@ -117,7 +132,13 @@ class Path:
         return state
 
     def constrain(self, state: State) -> dict[str, Tensor]:
-        return {name: transform(state[name]) for name, transform in self.transforms.items()}
+        """The latents at a state, and what the base draws instead of them."""
+        values = {name: transform(state[name]) for name, transform in self.transforms.items()}
+        if not self.evaluate.structure.auxiliary:
+            return values
+        with torch.no_grad():
+            found = self.evaluate(values).values
+        return values | {name: found[name] for name in self.evaluate.structure.latent}
 
     def densities(self, state: State) -> tuple[Tensor, Tensor, Reading]:
         """(log base, log joint) on the real line, each ``(K, *plates)``."""
@@ -130,6 +151,8 @@ class Path:
             volume = volume + reading.reduce(change.sum(tuple(range(-extra, 0))) if extra > 0 else change)
         log_q = sum(reading.log_q[name] for name in self.transforms) + volume
         log_p = sum(reading.log_p.values()) + volume
+        for name in set(reading.log_q) - set(self.transforms):
+            log_p = log_p - reading.log_q[name]  # computed by the base: minus the log-determinant of the map to it
         shape = reading.log_weights.shape
         return log_q.expand(shape), log_p.expand(shape), reading
 

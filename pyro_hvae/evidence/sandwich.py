@@ -105,7 +105,8 @@ def evidence_sandwich(
         path = forward.moves.path
         starts = path.constrain(path.revived(path.unconstrain(forward.values), torch.isfinite(forward.log_weights)))
     else:
-        starts = _starts(posterior_samples, forward.values, num_chains)
+        places = {name: forward.values[name] for name in forward.moves.path.transforms}
+        starts = _starts(posterior_samples, places, num_chains)
     options["moves"] = forward.moves
     reverse = anneal(model, guide, *args, reverse_from=starts, **{"num_refreshes": 20, **options})
     check_weights(reverse.log_weights)
@@ -124,7 +125,10 @@ def _starts(samples: Mapping[str, Tensor], like: Mapping[str, Tensor], num_chain
     found = {}
     for name, value in like.items():
         if name not in samples:
-            raise ValueError(f"posterior_samples has no site '{name}'; given: {sorted(samples)}")
+            raise ValueError(
+                f"posterior_samples has no site '{name}'; given: {sorted(samples)}. For draws of the model's latents "
+                'where the guide draws sites of its own, anneal from the prior (base="prior")'
+            )
         given = samples[name]
         single = given.numel() * num_chains == value.numel()
         if not single and given.numel() != value.numel():

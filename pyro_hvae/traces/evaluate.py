@@ -90,14 +90,20 @@ class Evaluator:
     def __call__(self, values: Mapping[str, Tensor]) -> Reading:
         """Read the pair at ``values``: for each drawn site K values on the leftmost dim, or one without it if K = 1.
 
+        A site that the guide computes from others, as AutoGuides do, may be left out, and is computed.
+
         Raises:
             ValueError: if a site that the guide draws has no value, or another number of them.
         """
-        missing = sorted(set(self.structure.drawn) - set(values))
+        computed = {n for n in self.structure.drawn if self.structure.sites[n].guide_distribution == "Delta"}
+        missing = sorted(set(self.structure.drawn) - set(values) - computed)
         if missing:
             raise ValueError(f"no value was given for site(s) {missing} that the guide draws; given: {sorted(values)}")
         draws = self.template.copy()
         for name in self.structure.drawn:
+            if name not in values:
+                draws.remove_node(name)
+                continue
             node = draws.nodes[name]
             draws.nodes[name] = {**node, "value": self.place(name, values[name])}
         return execute(

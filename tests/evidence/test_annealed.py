@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_hvae.evidence import anneal, annealing, evidence_sandwich, log_evidence, sigmoid_temperatures, temperatures
 from pyro_hvae.traces import simulate
@@ -266,3 +267,40 @@ def test_a_log_joint_that_is_nan_is_refused():
 
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"2 of 2 data have a log joint that is NaN"):
         anneal(broken, None, torch.zeros(2), base="prior")
+
+
+@pytest.mark.parametrize("auto", [AutoNormal, AutoMultivariateNormal])
+def test_auto_guides_are_moved_through_their_own_coordinates(auto):
+    """A scale that is mapped to the real line by the guide: the evidence by quadrature."""
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(x.new_ones(())))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, scale), obs=x)
+
+    x = torch.tensor([0.3, -1.2, 0.8, 1.1])
+    mean, scale = torch.linspace(-4, 4, 401)[:, None], torch.linspace(0.01, 6, 600)
+    log_f = dist.Normal(0.0, 1.0).log_prob(mean) + dist.HalfNormal(1.0).log_prob(scale)
+    log_f = log_f + dist.Normal(mean, scale).log_prob(x[:, None, None]).sum(0)
+    exact = log_f.flatten().logsumexp(0) + math.log(0.02 * 0.01)
+    guide = auto(model, init_scale=0.5)
+    guide(x)
+    bracket = evidence_sandwich(model, guide, x, num_chains=32, betas=40, num_leapfrog=3)
+    assert bracket.lower < exact < bracket.upper
+    assert bracket.width < 0.5
+    assert bracket.forward.values["scale"].shape[0] == 32
+    assert (bracket.forward.values["scale"] > 0).all()
+    with pytest.raises(ValueError, match=r"no site .* anneal from the prior"):
+        evidence_sandwich(model, guide, x, posterior_samples={"mean": torch.zeros(()), "scale": torch.ones(())})
+
+
+def test_auxiliary_variables_can_not_be_moved_through():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z2", dist.Normal(u, 1.0))
+            pyro.sample("z1", dist.Normal(u, 1.0))
+
+    with pytest.raises(ValueError, match=r"\['u'\] that are not the latents in other coordinates"):
+        anneal(two_layers, guide, torch.zeros(2))
