@@ -62,7 +62,8 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
             elif _tied_cutoff(flat[row]):  # a lattice, of which smoothing would make something else
                 khat[row] = _lattice_khat(flat[row])
             elif not _constant_tail(flat[row]):
-                fitted, shape = array_stats.psislw(-flat[row])
+                with np.errstate(all="ignore"):  # a tail that underflows gives NaN, which is answered below
+                    fitted, shape = array_stats.psislw(-flat[row])
                 if np.isnan(shape):  # ArviZ 1.x wants some draws more for a tail
                     khat[row] = np.inf
                 else:

@@ -7,7 +7,8 @@ decides what can be seen:
 - each coordinate of each latent, the ranks of simulation-based calibration (Talts, Betancourt, Simpson, Vehtari and
   Gelman, 2018); they see every marginal, and no error between coordinates or layers;
 - ``log_joint``, log p(x, z), and ``log_q``, log q(z|x): the second is the rank of the highest-density region, whose
-  uniformity is the expected coverage of credible regions;
+  uniformity is the expected coverage of credible regions (not of guides that draw sites of their own, as AutoGuides do,
+  where the density of the truth is not known);
 - ``tarp``, the distance to a random point, which sees any error that depends on the data (Sampling-Based Accuracy
   Testing of Posterior Estimators for General Inference, Lemos, Coogan, Hezaveh and Perreault-Levasseur, 2023);
 - whatever the user passes, such as a product of two layers.
@@ -27,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hvae.diagnostics.uniformity import Uniformity, uniformity
-from pyro_hvae.traces import given, read, simulate, structure
+from pyro_hvae.traces import given, prior_guide, read, simulate, structure
 from pyro_hvae.traces.reading import total
 
 __all__ = ["JOINT", "Calibration", "calibrate"]
@@ -146,7 +147,7 @@ def calibrate(
             amortised guide), and 100 with ``fit``.
         quantities: ``f(values, args)`` of values by site (..., N, *event) and the programs' arguments, giving (..., N).
         fit: ``fit(*args, **kwargs)`` trains and returns a guide for one simulated data set, ``guide`` if that is not
-            amortised.
+            amortised.  It should start with ``pyro.clear_param_store()`` if the guide's parameters are kept there.
         alpha: level of all tests together.
         progress: show a bar over data sets.
 
@@ -203,12 +204,15 @@ def _ranks(
     """Ranks of the truths of one data set among the guide's draws: (data, *event) by quantity."""
     with torch.no_grad():
         drawn = read(model, guide, args, kwargs, num_particles=num_draws)
-        at_truth = given(model, guide, truths, args, kwargs)
+        pair = structure(model, guide, args, dict(kwargs))
+        # Of a guide with sites of its own, such as an AutoGuide, nobody knows the density of the truth.
+        opaque = bool(pair.auxiliary)
+        at_truth = given(model, prior_guide(model) if opaque else guide, truths, args, kwargs)
         shape = drawn.log_weights.shape[1:]
         size = shape.numel()
         found: dict[str, Tensor] = {}
         true_values, draws = {}, {}
-        for name in structure(model, guide, args, dict(kwargs)).latent:
+        for name in pair.latent:
             event = truths[name].shape[truths[name].dim() - at_truth.guide_trace.nodes[name]["fn"].event_dim :]
             if truths[name].numel() != size * event.numel():
                 rest = truths[name].numel() // size
@@ -216,10 +220,9 @@ def _ranks(
             true_values[name] = truths[name].reshape(size, *event)
             draws[name] = drawn.values[name].reshape(num_draws, size, *event)
             found[name] = _rank(true_values[name], draws[name])
-        joint = {
-            "log_joint": tuple(total(reading.log_p) for reading in (at_truth, drawn)),
-            "log_q": tuple(total(reading.log_q) for reading in (at_truth, drawn)),
-        }
+        joint = {"log_joint": tuple(total(reading.log_p) for reading in (at_truth, drawn))}
+        if not opaque:
+            joint["log_q"] = tuple(total(reading.log_q) for reading in (at_truth, drawn))
         for name, (true, many) in joint.items():
             found[name] = _rank(
                 true.expand(1, *shape).reshape(size), many.expand(num_draws, *shape).reshape(num_draws, size)

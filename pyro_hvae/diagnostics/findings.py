@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,13 +48,14 @@ def diagnose(
         num_draws: S >= 100 draws of the guide.
         calibration: also simulate data and look at the ranks; for guides that are amortised.
         evidence: also bracket log p(x) by annealing both ways, at the cost of ``num_chains`` chains of ``betas``
-            temperatures a datum.
+            temperatures a datum, from the guide, or from the prior where the guide has auxiliary variables.
 
     Returns:
         :class:`~pyro_hvae.diagnostics.Report`, findings ordered from the worst.
 
     Raises:
-        ValueError: for ``num_draws < 100``, or programs that do not fit each other.
+        ValueError: for ``num_draws < 100``, an empty list of guides, another number of models, or programs that do not
+            fit each other.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -72,11 +74,20 @@ def diagnose(
     if num_draws < 100:
         raise ValueError(f"num_draws must be at least 100 for k-hat to mean something, got {num_draws}")
     several = isinstance(guide, Sequence)
+    if several and not guide:
+        raise ValueError("guide is an empty list; give a guide, or some that were trained independently")
     models = list(model) if isinstance(model, Sequence) else [model] * (len(guide) if several else 1)
+    if len(models) != (len(guide) if several else 1):
+        raise ValueError(f"{len(models)} models come with {len(guide) if several else 1} guide(s): give one for each")
     first_model, first = models[0], guide[0] if several else guide
     numbers: dict[str, Any] = {}
     findings = _finite(first_model, first, args, kwargs, num_draws, numbers)
-    if not findings:
+    pair = structure(first_model, first, args, kwargs)
+    unit = "nats a datum" if pair.common else "nats"
+    points = [name for name in pair.latent if pair.sites[name].guide_distribution == "Delta"]
+    if not findings and pair.drawn and set(pair.drawn) <= set(points):
+        findings = [_estimate(points)]
+    elif not findings:
         hats = khats(first_model, first, *args, num_draws=num_draws, **kwargs)
         numbers["khat"] = hats.to_dataset()
         findings += _khat(hats) + _sizes(numbers["ess"], num_draws)
@@ -86,11 +97,13 @@ def diagnose(
             numbers["calibration"] = found.failures()
             findings += _calibration(found)
         if evidence:
-            bracket = evidence_sandwich(first_model, first, *args, num_chains=num_chains, betas=betas, **kwargs)
+            # A guide with variables of its own, that are not the latents in other coordinates, is no place to start.
+            start = None if pair.auxiliary and set(points) != set(pair.latent) else first
+            bracket = evidence_sandwich(first_model, start, *args, num_chains=num_chains, betas=betas, **kwargs)
             numbers["evidence"] = {"lower": bracket.lower, "upper": bracket.upper}
-            findings.append(_bracket(bracket, numbers["elbo"]))
-        if several:
-            findings += _restarts(models, guide, args, kwargs, num_draws, numbers)
+            findings.append(_bracket(bracket, numbers["elbo"], unit))
+        if several and len(guide) > 1:
+            findings += _restarts(models, guide, args, kwargs, num_draws, numbers, unit)
     ordered = sorted(findings, key=lambda finding: LEVELS.index(finding.level))
     return Report(tuple(ordered), numbers)
 
@@ -120,6 +133,17 @@ def _finite(
         ]
     weights = log_weights(model, guide, *args, num_particles=num_draws, chunk_size=_chunk(reading), **kwargs)
     flat = weights.reshape(num_draws, -1)
+    if not bool(torch.isfinite(flat).all()):
+        wrong = int((~torch.isfinite(flat)).sum())
+        return [
+            Finding(
+                "wrong",
+                f"log-weights that are no finite number: {wrong} of {flat.numel()}",
+                "nothing else can be judged: rare draws of the guide have probability zero or no density at all under "
+                "the model",
+                "look for what the model forbids or can't compute far out in the guide's tails",
+            )
+        ]
     ess = torch.exp(2 * flat.logsumexp(0) - (2 * flat).logsumexp(0))
     numbers["elbo"] = float(flat.mean(0).mean())
     numbers["ess"] = ess
@@ -139,6 +163,15 @@ def _sizes(ess: Any, num_draws: int) -> list[Finding]:
             "more draws, or a better guide where k-hat is large too",
         )
     ]
+
+
+def _estimate(names: list[str]) -> Finding:
+    return Finding(
+        "wrong",
+        f"a point estimate: the guide puts all its mass at one value of {', '.join(names)}",
+        "it says nothing of uncertainty: its draws are all the same, and no weights can correct them",
+        "a guide with a density (AutoNormal, AutoMultivariateNormal, a chain), if more than the point is wanted",
+    )
 
 
 def _chunk(reading: Any) -> int:
@@ -201,6 +234,8 @@ def _layers(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], numbers
     local = [name for name in pair.latent if pair.common and set(pair.common) <= set(pair.sites[name].plates)]
     if not local or any(pair.sites[name].guide_distribution == "Delta" for name in local):
         return []
+    if math.prod(plate.size for plate in pair.common) < 2:  # nothing to vary over
+        return []
     try:
         found = numbers["layers"] = layers(model, guide, *args, **kwargs)
     except NotImplementedError:  # a distribution without a mean or a density at another's draws
@@ -260,14 +295,14 @@ def _calibration(found: Calibration) -> list[Finding]:
     ]
 
 
-def _bracket(bracket: Any, elbo: float) -> Finding:
+def _bracket(bracket: Any, elbo: float, unit: str) -> Finding:
     low, high = float(bracket.lower.mean()), float(bracket.upper.mean())
     gap = low - elbo
     kind = "bound" if bracket.upper_is_bound else "estimate"
     return Finding(
         "note",
-        f"log p(x) between {low:.3f} and {high:.3f} nats a datum ({kind} above); the ELBO is {elbo:.3f}",
-        f"the guide loses at least {max(gap, 0.0):.3f} nats a datum, KL(q(z|x) || p(z|x))",
+        f"log p(x) between {low:.3f} and {high:.3f} {unit} ({kind} above); the ELBO is {elbo:.3f}",
+        f"the guide loses at least {max(gap, 0.0):.3f} {unit}, KL(q(z|x) || p(z|x))",
         "posterior_gap splits it into what the family and what the network leaves" if gap > 0.5 else "",
         "Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo, Grosse et al., 2015",
     )
@@ -280,6 +315,7 @@ def _restarts(
     kwargs: dict[str, Any],
     num_draws: int,
     numbers: dict[str, Any],
+    unit: str,
 ) -> list[Finding]:
     """R-hat across guides; of amortised models, whose latents have no common meaning, of the data's bound instead."""
     import arviz_stats
@@ -293,8 +329,8 @@ def _restarts(
     findings = [
         Finding(
             "note",
-            f"{len(guides)} restarts: ELBO from {min(elbos):.3f} to {max(elbos):.3f} nats a datum",
-            f"runs differ by {spread:.3f} nats a datum",
+            f"{len(guides)} restarts: ELBO from {min(elbos):.3f} to {max(elbos):.3f} {unit}",
+            f"runs differ by {spread:.3f} {unit}",
         )
     ]
     if len({id(model) for model in models}) > 1:

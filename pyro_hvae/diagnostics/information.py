@@ -60,7 +60,7 @@ def layers(
         (nats a datum) and ``information_limit`` (nats, log N).
 
     Raises:
-        ValueError: for ``num_draws < 2``, or where no latent stands in a plate common to all sites.
+        ValueError: for ``num_draws < 2``, a single datum, or where no latent stands in a plate common to all sites.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist

@@ -120,7 +120,7 @@ def khats(
 
     Raises:
         ValueError: for fewer than 20 draws, layers that the guide does not draw, programs that do not fit each other, a
-            guide that draws nothing, or weights that are NaN.
+            guide that draws nothing or nothing but points, or weights that are NaN.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -142,6 +142,11 @@ def khats(
     found = structure(model, guide, args, kwargs)
     if not found.drawn:
         raise ValueError(f"the guide draws nothing (sites of the pair: {sorted(found.sites)}), so there are no weights")
+    if all(_point(found, name) for name in found.drawn):
+        raise ValueError(
+            f"the guide is a point estimate (of {sorted(found.drawn)}): its draws are all the same, so that equal "
+            "weights say nothing of how far it is from the posterior"
+        )
     data = _data_plates(found)
     size = chunk_size or max(1, 20_000 // math.prod(plate.size for plate in data or _largest(found)))
 

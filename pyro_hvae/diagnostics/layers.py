@@ -38,7 +38,7 @@ def mean_variances(
         squared.
 
     Raises:
-        ValueError: for ``num_draws < 2``, or where no latent stands in a plate common to all sites.
+        ValueError: for ``num_draws < 2``, a single datum, or where no latent stands in a plate common to all sites.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -58,6 +58,8 @@ def mean_variances(
         reading = read(model, guide, args, kwargs, num_particles=num_draws)
         if not reading.plates:
             raise ValueError("no plate is common to all sites, so no latent is indexed by the data")
+        if reading.log_weights[0].numel() < 2:
+            raise ValueError("a mean varies over data, and there is one datum: give two at least, better some hundreds")
         found = {}
         for name in reading.structure.latent:
             fn = reading.guide_trace.nodes[name]["fn"]

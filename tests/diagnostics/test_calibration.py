@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from scipy.stats import kstest
 
 from pyro_hvae.diagnostics.calibration import Calibration, calibrate
@@ -147,3 +148,27 @@ def test_arguments():
         calibrate(model, guide, torch.zeros(100), quantities={"bad": lambda values, args: values["z1"].sum()})
     with pytest.raises(ValueError, match="ranks must lie within 0 and 5"):
         Calibration({"z": np.array([7])}, 5).failures()
+
+
+def test_auto_guides_with_coordinates_of_their_own():
+    """Put at the posterior's mean of each simulation, with its width sqrt(1/5) or less than half of it."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    def fitted(width):
+        def fit(y):
+            pyro.clear_param_store()  # where the parameters of the last guide of this name are
+            guide = AutoNormal(model, init_loc_fn=init_to_value(values={"mean": y.sum() / 5}), init_scale=width)
+            guide(y)
+            return guide
+
+        return fit
+
+    good = calibrate(model, None, torch.zeros(4), fit=fitted(0.2**0.5), num_simulations=150)
+    assert good.passed, str(good)
+    assert set(good.ranks) == {"mean", "log_joint", "tarp"}
+    wrong = calibrate(model, None, torch.zeros(4), fit=fitted(0.2), num_simulations=150)
+    assert wrong.failures()["mean"].startswith("draws too narrow")

@@ -6,10 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 import pyro_hvae as ph
-from pyro_hvae.diagnostics import LEVELS, Report
+from pyro_hvae.diagnostics import LEVELS, Report, khats, layers
 from tests.linear_gaussian import linear_gaussian
 
 
@@ -128,3 +128,60 @@ def test_forms_of_the_report():
     assert "layers" in str(report)
     with pytest.raises(ValueError, match="num_draws must be at least 100"):
         ph.diagnose(case.model, case.other, case.x, num_draws=10)
+
+
+def test_a_point_estimate_is_no_posterior():
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    y = torch.zeros(3)
+    report = ph.diagnose(model, AutoDelta(model), y)
+    assert report.worst == "wrong"
+    assert whats(report) == ["a point estimate: the guide puts all its mass at one value of mean"]
+    with pytest.raises(ValueError, match="point estimate"):
+        khats(model, AutoDelta(model), y)
+
+
+def test_rare_draws_that_are_impossible():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.factor("limit", torch.where(z > 3.2, torch.nan, 0.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    with pyro.validation_enabled(False):
+        report = ph.diagnose(model, guide, torch.zeros(2), num_draws=5000)
+    assert report.worst == "wrong"
+    assert "that are no finite number" in report.findings[0].what
+
+
+def test_one_datum_has_no_layers_that_vary():
+    case = linear_gaussian(1)
+    report = ph.diagnose(case.model, case.exact, case.x[:1], num_draws=100)
+    assert report.worst == "good", str(report)
+    with pytest.raises(ValueError, match="there is one datum"):
+        layers(case.model, case.exact, case.x[:1])
+
+
+def test_the_bracket_of_an_auto_guide_is_in_nats_of_all_data():
+    def model(y):
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(())))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    guide = AutoNormal(model, init_scale=0.4)
+    report = ph.diagnose(model, guide, torch.tensor([0.5, -1.0, 0.8]), evidence=True, num_chains=8, betas=20)
+    (bracket,) = [finding for finding in report.findings if finding.what.startswith("log p(x) between")]
+    assert "nats (estimate above)" in bracket.what
+    with pytest.raises(ValueError, match="empty list"):
+        ph.diagnose(model, [], torch.zeros(3))
+    with pytest.raises(ValueError, match=r"2 models come with 1 guide"):
+        ph.diagnose([model, model], guide, torch.zeros(3))
+    alone = ph.diagnose(model, [guide], torch.tensor([0.5, -1.0, 0.8]))
+    assert not any("restarts" in what for what in whats(alone))
