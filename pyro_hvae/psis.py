@@ -19,7 +19,10 @@ from torch import Tensor
 __all__ = ["EXACT_SPREAD", "good_khat", "pareto_khat", "psis"]
 
 EXACT_SPREAD = 1e-10
-"""Log-weights that differ by less are round-off around one value: the guide is the posterior, and k is -inf."""
+"""Log-weights that differ by less are round-off around one value: the guide is the posterior, and k is -inf.
+
+In single precision round-off is larger, and grows with the log-weights: 64 units of their last place are taken for it.
+"""
 
 
 def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,7 @@ def psis(log_weights: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     # The fit divides by the spread of the tail, so columns without any are answered beforehand: the weights of
     # discrete draws may share their largest value, which bounds them, and then every moment exists.
     spread = weights.amax(-1) - weights.amin(-1)
-    exact = spread < EXACT_SPREAD
+    exact = spread < _round_off(weights)
     flat = weights.double().cpu().numpy().reshape(-1, weights.shape[-1])
     smoothed = flat - _logsumexp(flat)
     khat = np.full(len(flat), -np.inf)
@@ -111,6 +114,12 @@ def _check(weights: Tensor) -> None:
     empty = (weights == -torch.inf).all(-1)
     if bool(empty.any()):
         raise ValueError(f"{int(empty.sum())} column(s) have no draw with a positive weight: every log-weight is -inf")
+
+
+def _round_off(weights: Tensor) -> Tensor:
+    """By how much equal log-weights may differ; of each column."""
+    size = weights.abs().masked_fill(weights.isinf(), 0.0).amax(-1).clamp(min=1.0)
+    return (64 * torch.finfo(weights.dtype).eps * size).clamp(min=EXACT_SPREAD)
 
 
 def _tail_size(row: np.ndarray) -> int:

@@ -103,3 +103,13 @@ def test_most_weights_zero():
 
 def test_weights_that_vanish_beside_the_largest():
     assert pareto_khat(-1000.0 * torch.arange(100.0)) == torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [0.0, -1.5, -800.0])
+def test_round_off_is_no_tail_in_either_precision(dtype, level):
+    """An exact guide's log-weights are sums of terms that cancel but for a few units of the last place."""
+    noise = torch.randn(400, dtype=dtype) * torch.finfo(dtype).eps * max(1.0, abs(level)) * 4
+    assert pareto_khat(level + noise) == -torch.inf
+    spread = torch.distributions.Exponential(torch.tensor(1 / 0.6, dtype=dtype)).sample((4000,))
+    assert 0.25 < pareto_khat(level + spread) < 0.95

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pyro.infer import MCMC
 
 from pyro_hvae.diagnostics.calibration import Calibration, calibrate
 from pyro_hvae.diagnostics.datatree import to_datatree
@@ -54,8 +55,8 @@ def diagnose(
         :class:`~pyro_hvae.diagnostics.Report`, findings ordered from the worst.
 
     Raises:
-        ValueError: for ``num_draws < 100``, an empty list of guides, another number of models, or programs that do not
-            fit each other.
+        ValueError: for ``num_draws < 100``, an empty list of guides, another number of models, a sampler in the
+            place of a guide, or programs that do not fit each other.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -74,6 +75,11 @@ def diagnose(
     if num_draws < 100:
         raise ValueError(f"num_draws must be at least 100 for k-hat to mean something, got {num_draws}")
     several = isinstance(guide, Sequence)
+    if isinstance(guide, MCMC):
+        raise ValueError(
+            "guide is a sampler, whose draws have no weights to judge them by: look at R-hat and ESS, "
+            "arviz_stats.summary(to_datatree(model, sampler, ...))"
+        )
     if several and not guide:
         raise ValueError("guide is an empty list; give a guide, or some that were trained independently")
     models = list(model) if isinstance(model, Sequence) else [model] * (len(guide) if several else 1)

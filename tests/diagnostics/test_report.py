@@ -185,3 +185,12 @@ def test_the_bracket_of_an_auto_guide_is_in_nats_of_all_data():
         ph.diagnose([model, model], guide, torch.zeros(3))
     alone = ph.diagnose(model, [guide], torch.tensor([0.5, -1.0, 0.8]))
     assert not any("restarts" in what for what in whats(alone))
+
+
+def test_a_sampler_is_judged_otherwise():
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    sampler = pyro.infer.MCMC(pyro.infer.NUTS(model), num_samples=10, disable_progbar=True)
+    with pytest.raises(ValueError, match="guide is a sampler"):
+        ph.diagnose(model, sampler)
