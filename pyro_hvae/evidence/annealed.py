@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -69,17 +70,18 @@ def temperatures(betas: int | str | Sequence[float] | Tensor, num: int = 100) ->
         >>> temperatures(4).tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    if isinstance(betas, str):
-        if betas not in ("linear", "sigmoid"):
-            raise ValueError(f"temperatures are 'linear', 'sigmoid', 'adaptive', a number or a sequence, got {betas!r}")
+    if isinstance(betas, str) and betas in ("linear", "sigmoid"):
         return temperatures(num) if betas == "linear" else sigmoid_temperatures(num)
-    if isinstance(betas, int):
+    if isinstance(betas, Integral):
         if betas < 1:
             raise ValueError(f"the number of temperature steps must be at least 1, got {betas}")
-        return torch.linspace(0.0, 1.0, betas + 1, dtype=torch.float64)
+        return torch.linspace(0.0, 1.0, int(betas) + 1, dtype=torch.float64)
+    if betas is None or isinstance(betas, (str, float)):
+        raise ValueError(f"temperatures are 'linear', 'sigmoid', 'adaptive', an int or a sequence, got {betas!r}")
     found = torch.as_tensor(betas, dtype=torch.float64)
-    if found.dim() != 1 or len(found) < 2 or found[0] != 0 or found[-1] != 1 or bool((found.diff() <= 0).any()):
-        raise ValueError(f"temperatures must increase strictly from 0 to 1, got {found.tolist()[:8]}")
+    increase = found.dim() == 1 and len(found) > 1 and bool((found.diff() > 0).all())  # NaN does not
+    if not increase or found[0] != 0 or found[-1] != 1:
+        raise ValueError(f"temperatures must increase strictly from 0 to 1, got {found.reshape(-1).tolist()[:8]}")
     return found
 
 
@@ -292,7 +294,8 @@ def anneal(
 
     Args:
         model: a Pyro program with continuous latents, called with ``args`` and ``kwargs``.
-        guide: where to start, for ``base="guide"``.
+        guide: where to start, for ``base="guide"``.  From an AutoGuide, whose own sites are the latents in other
+            coordinates, chains move in those.
         base: ``"guide"`` or ``"prior"``.
         num_chains: K >= 1 for each datum.
         betas: how many equal steps; ``"linear"`` or ``"sigmoid"`` (100 steps), ``"adaptive"``; or the temperatures.
@@ -311,7 +314,8 @@ def anneal(
 
     Raises:
         ValueError: for temperatures that do not increase from 0 to 1, a model without latents or with discrete ones,
-            -inf or NaN log-densities at every start of a datum, or counts below one.
+            auxiliary variables that are not the latents in other coordinates, a log joint that is -inf at every start
+            of a datum or NaN at one, impossible values to run in reverse from, or counts below one.
 
     References:
         Annealed Importance Sampling (Neal, 2001); Sequential Monte Carlo Samplers (Del Moral, Doucet and Jasra, 2006).

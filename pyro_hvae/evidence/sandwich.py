@@ -74,7 +74,7 @@ def evidence_sandwich(
         :class:`Sandwich`.
 
     Raises:
-        ValueError: for ``num_chains < 2``, or as :func:`pyro_hvae.evidence.anneal`.
+        ValueError: for ``num_chains < 2``, for ``resample=True``, or as :func:`pyro_hvae.evidence.anneal`.
 
     References:
         Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (Grosse, Ghahramani and Adams, 2015); On
@@ -96,6 +96,8 @@ def evidence_sandwich(
     """
     if num_chains < 2:
         raise ValueError(f"a standard error needs num_chains >= 2, got {num_chains}")
+    if kwargs.get("resample"):
+        raise ValueError("resampled chains are not independent, so the bracket would have no standard error")
     options: dict[str, Any] = {"num_chains": num_chains, **kwargs}
     if guide is None:
         options.setdefault("base", "prior")

@@ -152,7 +152,10 @@ def test_sigmoid_temperatures_are_dense_at_the_ends():
     assert betas[-1] == 1
 
 
-@pytest.mark.parametrize("betas", [[0.0, 0.5, 0.4, 1.0], [0.1, 1.0], [0.0, 0.9], [0.0, 0.5, 0.5, 1.0], 0, "other"])
+@pytest.mark.parametrize(
+    "betas",
+    [[0.0, 0.5, 0.4, 1.0], [0.1, 1.0], [0.0, 0.9], [0.0, 0.5, 0.5, 1.0], [0.0, math.nan, 1.0], 0, 2.5, None, "other"],
+)
 def test_temperatures_must_increase_from_0_to_1(betas):
     with pytest.raises(ValueError, match="temperature"):
         anneal(two_layers, None, torch.zeros(2), base="prior", betas=betas)
@@ -185,6 +188,8 @@ def test_what_cannot_be_annealed():
         anneal(two_layers, None, x, base="prior", num_chains=0)
     with pytest.raises(ValueError, match="needs a guide"):
         anneal(two_layers, None, x)
+    with pytest.raises(ValueError, match="resampled chains are not independent"):
+        evidence_sandwich(two_layers, None, x, resample=True)
 
 
 def wall(x):
