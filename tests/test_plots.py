@@ -1,12 +1,14 @@
 """Pictures hold what they are given, and say their units."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import pyro_hvae as ph
 from pyro_hvae import plots
-from pyro_hvae.diagnostics import calibrate, khats
+from pyro_hvae.diagnostics import calibrate, khats, layers
 from pyro_hvae.schedules import CosineSchedule, LinearSchedule
 from tests.linear_gaussian import linear_gaussian
 
@@ -81,3 +83,24 @@ def test_schedules():
 def test_images_that_do_not_fit():
     with pytest.raises(ValueError, match="do not fit 2 x 3 = 6 pixels"):
         plots.samples(torch.zeros(4, 7), (2, 3))
+
+
+def test_layers_as_they_are_measured():
+    case = linear_gaussian(2)
+    found = layers(case.model, case.other, case.x.repeat(4, 1))
+    axis = plots.layer_kl(found).axes[0]
+    np.testing.assert_allclose([bar.get_height() for bar in axis.patches], found["term"].values)
+    assert "2 active" in axis.texts[0].get_text()
+
+
+def test_a_bracket_that_is_open_below():
+    """A chain without weight leaves no lower bound but -inf, which is drawn down to the frame and marked."""
+    bracket = SimpleNamespace(lower=np.array([-np.inf, -2.0]), upper=np.array([-1.0, -1.5]), upper_is_bound=False)
+    others = {f"bound {i}": np.array([-3.0, -2.5]) for i in range(6)}
+    axis = plots.evidence_bracket(bracket, others=others).axes[0]
+    legend = [text.get_text() for text in axis.get_legend().texts]
+    assert legend == ["log p(x), above: estimate", "nothing below", *others]
+    segments = axis.collections[0].get_segments()
+    assert np.isfinite(segments).all()
+    assert segments[0][:, 1].min() < -3.0
+    np.testing.assert_array_equal(axis.lines[0].get_xdata(), [0])

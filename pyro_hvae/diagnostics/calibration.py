@@ -155,8 +155,8 @@ def calibrate(
         :class:`Calibration`.
 
     Raises:
-        ValueError: for too few draws, a quantity of the wrong shape, or no simulations to compare (one data set without
-            a plate over its data).
+        ValueError: for too few draws, a quantity of the wrong shape or with a name that is taken, or no simulations to
+            compare (one data set without a plate over its data).
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -230,6 +230,8 @@ def _ranks(
         points = simulate(model, args, kwargs)[0]
         found["tarp"] = _rank(*_distances(true_values, draws, points))
         for name, quantity in quantities.items():
+            if name in found:
+                raise ValueError(f"quantity {name!r} has the name of what is ranked anyway: rename it")
             true, many = quantity(true_values, args), quantity(draws, args)
             if true.shape != (size,) or many.shape != (num_draws, size):
                 raise ValueError(

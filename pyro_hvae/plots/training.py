@@ -56,18 +56,25 @@ def training_curves(history: Any, *, terms: bool = True) -> Figure:
     return figure
 
 
-def layer_kl(terms: Mapping[str, Any], *, units: Mapping[str, int] | None = None) -> Figure:
+def layer_kl(terms: Any, *, units: Mapping[str, int] | None = None) -> Figure:
     """One bar a layer: what it costs in the bound.
 
     Args:
         terms: the terms of a bound (``kl_<site>``, ``rate_<site>``; others are left out), numbers or values per datum
-            in nats.
+            in nats; or what :func:`pyro_hvae.diagnostics.layers` returns, active units and all.
         units: number of active units by site, written on the bars.
+
+    Raises:
+        ValueError: where there is no such term.
 
     Example:
         >>> layer_kl({"kl_z2": 1.0, "rate_z1": 3.0, "reconstruction": -9.0}).axes[0].get_ylabel()
         'nats per datum'
     """
+    if hasattr(terms, "data_vars") and "term" in terms:
+        rows = [terms[name].values.tolist() for name in ("layer", "term", "analytic", "active_units")]
+        units = dict(zip(rows[0], rows[3], strict=True)) if units is None else units
+        terms = {f"{'kl' if known else 'rate'}_{name}": term for name, term, known, _ in zip(*rows, strict=True)}
     found = {name: float(np.mean(array(v))) for name, v in terms.items() if name.startswith(("kl_", "rate_"))}
     if not found:
         raise ValueError(f"no layer terms (kl_<site> or rate_<site>) among {sorted(terms)}")

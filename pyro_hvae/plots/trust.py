@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +113,16 @@ def evidence_bracket(bracket: Any, *, elbo: Any = None, others: Mapping[str, Any
     place = np.arange(len(order))
     figure, (axis,) = panels(1, width=5.0, height=3.2)
     kind = "bound" if bracket.upper_is_bound else "estimate"
-    axis.vlines(place, low[order], high[order], color="0.2", linewidth=2.0, label=f"log p(x), above: {kind}")
     marked = ({} if elbo is None else {"ELBO": elbo}) | dict(others or {})
-    for marker, (name, values) in zip("xo+^", marked.items(), strict=False):
+    open_below = np.isneginf(low[order])
+    ends = np.concatenate([low, high, *(array(values).ravel() for values in marked.values())])
+    ends = ends[np.isfinite(ends)]
+    floor = ends.min() - 0.1 * max(np.ptp(ends), 1.0) if open_below.any() else -np.inf
+    below = np.maximum(low[order], floor)
+    axis.vlines(place, below, high[order], color="0.2", linewidth=2.0, label=f"log p(x), above: {kind}")
+    if open_below.any():
+        axis.plot(place[open_below], below[open_below], "v", color="0.2", linestyle="none", label="nothing below")
+    for marker, (name, values) in zip(itertools.cycle("xo+^sd*"), marked.items()):
         axis.plot(place, array(values).ravel()[order], marker, markersize=4, linestyle="none", label=name)
     axis.set_xlabel("datum, sorted")
     axis.set_ylabel("nats")

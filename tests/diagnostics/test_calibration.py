@@ -146,6 +146,8 @@ def test_arguments():
         calibrate(model, guide, torch.zeros(100), num_draws=3)
     with pytest.raises(ValueError, match=r"quantity 'bad' must map values \(..., 100, \*event\) to \(..., 100\)"):
         calibrate(model, guide, torch.zeros(100), quantities={"bad": lambda values, args: values["z1"].sum()})
+    with pytest.raises(ValueError, match="quantity 'z1' has the name of what is ranked anyway"):
+        calibrate(model, guide, torch.zeros(100), quantities={"z1": lambda values, args: values["z1"] ** 2})
     with pytest.raises(ValueError, match="ranks must lie within 0 and 5"):
         Calibration({"z": np.array([7])}, 5).failures()
 
