@@ -60,8 +60,7 @@ class Evidence:
         return -self.value / (dims * math.log(2.0))
 
     def __str__(self) -> str:
-        finite = self.khat[self.khat.isfinite()]
-        worst = float(finite.max()) if finite.numel() else -math.inf
+        worst = float(self.khat.max())
         return (
             f"log p(x) by {self.method}, {self.num_samples} draws: mean {float(self.value.mean()):.4f} nats over "
             f"{self.value.numel()} data, largest standard error {float(self.stderr.max()):.3g}, "

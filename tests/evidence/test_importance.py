@@ -110,6 +110,8 @@ def test_chunks_shapes_and_units():
     assert found.value.shape == found.stderr.shape == found.ess.shape == found.khat.shape == (3,)
     torch.testing.assert_close(found.bits_per_dim(2), -found.value / (2 * math.log(2)))
     assert "105 draws" in str(found)
+    few = log_evidence(gaussian, guide(0.6), X, num_samples=12)
+    assert "k-hat >= 0.7 for 3 (largest inf)" in str(few)  # too few draws to tell
 
 
 def improper(x):
