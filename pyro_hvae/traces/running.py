@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -74,14 +74,16 @@ def read(
         once: from the structure of the pair, the names of the sites to draw once, without a particle dimension.
 
     Raises:
-        ValueError: if the two programs do not fit each other, a site's shape does not fit its plates, or an
-            observed value is not finite or outside of its distribution's support.
+        ValueError: if the two programs do not fit each other, a site's shape does not fit its plates, an observed
+            value is not finite or outside of its distribution's support, or particles that run at once touch each
+            other.
     """
     kwargs = {} if kwargs is None else dict(kwargs)
     check_particles(num_particles)
     found = structure(model, guide, args, kwargs)
     single = frozenset() if once is None else once(found)
-
+    if num_particles > 1:
+        _check_apart(model, guide, args, kwargs, found, single)
     return execute(model, guide, args, kwargs, found, num_particles, single)
 
 
@@ -111,6 +113,64 @@ def execute(
     model_trace, guide_trace = run(draws)
     found = _current(found, model_trace, guide_trace, model, guide)
     return Reading(model_trace, guide_trace, found, num_particles, run)
+
+
+def _check_apart(
+    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], found: Structure, once: frozenset[str]
+) -> None:
+    """Refuse programs that mix particles: give one of two other draws, and see whether the other's densities change.
+
+    Batch norm in training does mix them, as it mixes data, and is let pass.
+
+    Raises:
+        ValueError: naming the sites whose density changed.
+    """
+    checked = known(model, guide).apart
+    key = found.signature, once
+    if key in checked:
+        return
+    programs = [program for program in (model, guide) if isinstance(program, torch.nn.Module)]
+    modules = [module for program in programs for module in program.modules()]
+    touched: list[str] = []
+    if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training for module in modules):
+        with torch.no_grad(), isolated(model, guide), suppress(ValueError, RuntimeError):  # the run itself will say it
+            touched = _touched(model, guide, args, kwargs, found, once)
+    if touched:
+        raise ValueError(
+            f"the density of site(s) {touched} in one particle depends on the draws of another. Particles run at once, "
+            "along a dim to the left of all plates, and the program sums, averages or indexes over that dim: count "
+            "dims from the right, as in z.sum(-1), or use one particle"
+        )
+    checked.add(key)
+
+
+def _touched(
+    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], found: Structure, once: frozenset[str]
+) -> list[str]:
+    """Sites whose density in one of two particles changes with the draws of the other."""
+
+    def replayed(draws: Trace) -> Reading:
+        torch.manual_seed(0)  # what else is random in the programs
+        return execute(model, guide, args, kwargs, found, 2, once, draws)
+
+    drawn, fresh = (execute(model, guide, args, kwargs, found, 2, once).guide_trace for _ in range(2))
+    before = replayed(drawn)
+    touched = []
+    for kept in (0, 1):
+        mixed = drawn.copy()
+        for site in sample_sites(mixed):
+            value, other = site["value"], fresh.nodes[site["name"]]["value"]
+            dim = value.dim() - site["fn"].event_dim - found.max_plate_nesting - 1
+            if not site["is_observed"] and dim >= 0 and value.shape[dim] == 2 and value.shape == other.shape:
+                parts = [(value if index == kept else other).narrow(dim, index, 1) for index in (0, 1)]
+                mixed.nodes[site["name"]] = {**site, "value": torch.cat(parts, dim)}
+        after = replayed(mixed)
+        for old, new in ((before.log_p, after.log_p), (before.log_q, after.log_q)):
+            for name in set(old) - once:
+                one, other = (terms[name].expand(2, *terms[name].shape[1:])[kept] for terms in (old, new))
+                if not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
+                    touched.append(name)
+    return sorted(set(touched))
 
 
 class _EventDims(Messenger):
@@ -195,6 +255,7 @@ class _Programs:
         self.by_signature: dict[tuple, Structure] = {}
         self.checked_routes: set[Any] = set()
         self.dependencies: dict[tuple, Any] = {}
+        self.apart: set[tuple] = set()
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[Any, _Programs]]] = (

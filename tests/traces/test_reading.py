@@ -224,3 +224,40 @@ def test_an_event_that_becomes_a_batch_is_refused_where_particles_would_mix():
     assert read(model, guide, (y,)).log_weights.shape == (1,)
     with pytest.raises(ValueError, match=r"site 'y' has batch shape .* for 8 particles"):
         _ = read(model, guide, (y,), num_particles=8).log_weights
+
+
+def gaussian_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "mixes"),
+    [
+        (lambda z: z.sum(), True),
+        (lambda z: z.mean(0), True),
+        (lambda z: z[0], True),
+        (lambda z: z - z.logsumexp(0), True),
+        (lambda z: z.sum(-1, keepdim=True), False),
+        (lambda z: z[..., :1], False),
+    ],
+    ids=["sum", "mean(0)", "[0]", "logsumexp(0)", "sum(-1)", "[..., :1]"],
+)
+def test_programs_that_mix_their_particles_are_refused(reduce, mixes):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(reduce(z), 1.0), obs=x)
+
+    x = torch.randn(6)
+    assert read(model, gaussian_guide, (x,)).log_weights.isfinite().all()
+    if mixes:
+        for _ in range(2):  # no second try gets through
+            with pytest.raises(ValueError, match=r"site\(s\) \['x'\] in one particle depends on the draws of another"):
+                read(model, gaussian_guide, (x,), num_particles=3)
+    else:
+        state = torch.get_rng_state()
+        read(model, gaussian_guide, (x,), num_particles=3)
+        torch.set_rng_state(state)
+        again = read(model, gaussian_guide, (x,), num_particles=3)
+        assert again.log_weights.shape[0] == 3
