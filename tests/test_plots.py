@@ -17,6 +17,11 @@ def labelled(figure):
     return all(axis.get_xlabel() and axis.get_ylabel() for axis in figure.axes)
 
 
+def test_notebooks_show_a_picture():
+    for figure in (plots.samples(torch.rand(4, 64), (8, 8)), plots.latent_map(torch.randn(20, 2))):
+        assert figure._repr_png_().startswith(b"\x89PNG")
+
+
 def test_training_curves_and_layers():
     records = [{"step": i, "loss": 9.0 / i, "kl_z2": 1.0, "rate_z1": 2.0, "validation_loss": 9.5 / i} for i in (1, 2)]
     figure = plots.training_curves(records)

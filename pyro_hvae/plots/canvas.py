@@ -17,9 +17,9 @@ STYLES = ("-", "--", "-.", ":")
 
 
 def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Any]]:
-    from matplotlib.figure import Figure
+    from pyro_hvae.plots.figure import Picture
 
-    figure = Figure(figsize=(width * count, height), layout="constrained")
+    figure = Picture(figsize=(width * count, height), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -37,11 +37,11 @@ def samples(images: Any, shape: tuple[int, int], *, columns: int = 10, titles: S
     else:
         whole = _images(images, shape)
         rows = [whole[start : start + columns] for start in range(0, len(whole), columns)]
-    from matplotlib.figure import Figure
+    from pyro_hvae.plots.figure import Picture
 
     across = max(len(row) for row in rows)
     left = 0.0 if titles is None else 1.1
-    figure = Figure(figsize=(0.62 * across + left, 0.62 * len(rows)), layout="constrained")
+    figure = Picture(figsize=(0.62 * across + left, 0.62 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), across, squeeze=False)
     for row, line in enumerate(rows):
         for column in range(across):
