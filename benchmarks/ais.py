@@ -22,7 +22,6 @@ from torch import Tensor
 import pyro_hvae as ph
 from pyro_hvae.data import binarize, digits
 from pyro_hvae.evidence import anneal
-from pyro_hvae.traces import simulate
 
 
 def trained(seconds: float) -> tuple[object, object, Tensor]:
@@ -73,7 +72,8 @@ def speed(options: argparse.Namespace) -> list[dict[str, object]]:
 
 def bracket(options: argparse.Namespace) -> list[dict[str, object]]:
     model, guide, x = trained(options.train)
-    latents, (images,), _ = simulate(model, (x[: options.images],))
+    latents, simulated = ph.Problem(model)(x[: options.images]).simulate()
+    (images,) = simulated.args
     rows = []
     for betas in (options.betas // 4, options.betas):
         start = time.process_time()

@@ -34,9 +34,9 @@ from torch import Tensor
 
 import pyro_hvae as ph
 from pyro_hvae.bounds import DiffusionELBO
+from pyro_hvae.diffusion import LearnedSchedule
 from pyro_hvae.models import vdm
 from pyro_hvae.nn import DenoisingMLP
-from pyro_hvae.schedules import LearnedSchedule
 
 WIDTH, BATCH = 64, 100
 

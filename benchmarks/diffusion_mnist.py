@@ -32,10 +32,9 @@ from torch import Tensor, nn
 import pyro_hvae as ph
 from pyro_hvae.bounds import DiffusionELBO
 from pyro_hvae.data import binarize, idx_folder
-from pyro_hvae.diffusion import BinnedGaussian, dpm_solver
+from pyro_hvae.diffusion import BinnedGaussian, LearnedSchedule, dpm_solver
 from pyro_hvae.models import vdm
 from pyro_hvae.nn import UNet
-from pyro_hvae.schedules import LearnedSchedule
 
 HERE = Path(__file__).resolve().parent
 SIZE = (1, 28, 28)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import pyro_hvae as ph
-from pyro_hvae.compile import compile_step
+from pyro_hvae.training.compile import compile_step
 from pyro_hvae.training.feed import feed
 
 BLOCK, BATCH, IMAGES = 500, 100, 60_000

@@ -31,11 +31,9 @@ from torch import Tensor
 import pyro_hvae as ph
 from pyro_hvae.data import binarize, digits, idx_folder
 from pyro_hvae.demo import Clock, bernoulli_baseline
-from pyro_hvae.diffusion import BinnedGaussian
+from pyro_hvae.diffusion import BinnedGaussian, LearnedSchedule
 from pyro_hvae.evidence import anneal
 from pyro_hvae.nn import UNet
-from pyro_hvae.schedules import LearnedSchedule
-from pyro_hvae.traces import simulate
 
 Row = dict[str, object]
 PUBLISHED = {  # MNIST in nats, binarised at every draw, thousands of epochs; other networks than these
@@ -133,7 +131,7 @@ def evidence(options: argparse.Namespace) -> Iterator[Row]:
         optimizer.step()
     count = 8
     torch.manual_seed(3)
-    _, (images,), _ = simulate(model, (train[:count],))
+    (images,) = ph.Problem(model)(train[:count]).simulate().problem.args
 
     def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
         start = time.process_time()

@@ -22,7 +22,7 @@ from tables import show, write
 from torch import Tensor, nn
 
 import pyro_hvae as ph
-from pyro_hvae.compile import compile_step
+from pyro_hvae.training.compile import compile_step
 
 BATCH, PARTICLES = 100, 10
 

@@ -43,7 +43,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import pyro_hvae as ph  # noqa: E402
-from pyro_hvae.compile import compile_step  # noqa: E402
+from pyro_hvae.training.compile import compile_step  # noqa: E402
 
 LATENTS = {1: [50], 2: [100, 50], 5: [64, 32, 16, 8, 4]}
 CASES = {"vae": (1, 1), "hvae2": (2, 1), "hvae5": (5, 1), "iwae5": (1, 5), "iwae50": (1, 50)}

@@ -3,12 +3,15 @@
 import hashlib
 import os
 import re
-from importlib import metadata
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # figures become part of the page
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # a bar of text will do
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks of these pages are too small to share among cores
+
+from sphinx.domains.python import PyObject
+
+import pyro_hvae
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +27,7 @@ def sources() -> str:
 project = "pyro_hvae"
 author = "the pyro_hvae developers"
 copyright = author
-release = version = metadata.version("pyro-hvae")
+release = version = pyro_hvae.__version__
 
 extensions = [
     "myst_nb",
@@ -77,5 +80,29 @@ def escape_stars(app, what, name, obj, options, lines):
             lines[index] = re.sub(r"(?<=[ (])\*(?=[a-z_]+(\[[^]]*\])?[),])", r"\\*", line)
 
 
+GROUP = re.compile(r":ivar (\w+(?:, \w+)+):(.*)")
+
+
+def separate_attributes(app, what, name, obj, options, lines):
+    """Write attributes that share a description as fields of their own: Sphinx takes the first for a type."""
+    found, left = [], list(lines)
+    while left:
+        line = left.pop(0)
+        match = GROUP.match(line)
+        if match is None:
+            found.append(line)
+            continue
+        rest = []
+        while left and left[0].startswith(" "):
+            rest.append(left.pop(0))
+        for attribute in match[1].split(", "):
+            found += [f":ivar {attribute}:{match[2]}", *rest]
+    lines[:] = found
+
+
 def setup(app):
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":  # the name of an attribute is no reference to others of that name
+            field.rolename = ""
+    app.connect("autodoc-process-docstring", separate_attributes)
     app.connect("autodoc-process-docstring", escape_stars)

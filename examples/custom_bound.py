@@ -2,7 +2,7 @@
 
     python examples/custom_bound.py [--short] [--out DIR]
 
-A bound is a function from K log-weights per datum to one number per datum. Here it is tried where log p(x) is known.
+A bound is a function of a run of the pair, here of its K log-weights per datum. It is tried where log p(x) is known.
 Writes custom_bound.png.
 
 Reference: Debiasing Evidence Approximations (Nowozin, 2018).
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import pyro_hvae as ph
-from pyro_hvae.bounds.importance import MultiSampleBound
+from pyro_hvae.bounds import MultiSampleBound
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--short", action="store_true", help="a few draws only")

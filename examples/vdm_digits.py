@@ -16,9 +16,8 @@ import torch.nn.functional as F
 
 import pyro_hvae as ph
 from pyro_hvae.data import digits
-from pyro_hvae.diffusion import BinnedGaussian, guided
+from pyro_hvae.diffusion import BinnedGaussian, LearnedSchedule, guided
 from pyro_hvae.nn import UNet
-from pyro_hvae.schedules import LearnedSchedule
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--short", action="store_true", help="a few steps only")

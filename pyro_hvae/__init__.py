@@ -1,11 +1,31 @@
 """Variational auto-encoders, Markovian hierarchical VAEs and variational diffusion models as Pyro programs.
 
-A generative chain and an inference chain, in opposite directions, are all three of them; bounds, evidence and
-diagnostics read the traces of any pair of Pyro programs.
+All three are a generative chain and an inference chain that run in opposite directions.  Bounds, evidence and
+diagnostics work on any pair of Pyro programs.
+
+Programs
+    Chains :class:`TopDown`, :class:`BottomUp`, :class:`Ladder`, :class:`Reversed`; :class:`Diffusion` with
+    :class:`DenoisingChain`; their kernels (:class:`Gaussian`, :class:`Bernoulli`, ...); ready-made pairs
+    (:func:`vae`, :func:`hvae`, :func:`ladder_vae`, :func:`vdm`); :func:`encode`, :func:`decode`, :func:`reconstruct`,
+    :func:`impute`.  More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
+    :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
+
+Bounds
+    :class:`TraceELBO`, :class:`LayerwiseELBO`, :class:`IWELBO` and others; :func:`explain` says what a bound does with
+    a pair.  More in :mod:`pyro_hvae.bounds`.
+
+Evidence and diagnostics
+    :class:`Problem` binds a pair and its data; :func:`log_evidence`, :func:`evidence_sandwich`, :func:`diagnose`,
+    :func:`to_datatree`, and products of factors (:func:`forward_kl`, :func:`reverse_kl`).  More in
+    :mod:`pyro_hvae.problem`, :mod:`~pyro_hvae.evidence`, :mod:`~pyro_hvae.diagnostics`, :mod:`~pyro_hvae.factorized`,
+    :mod:`~pyro_hvae.weights`, :mod:`~pyro_hvae.plots`.
+
+Training
+    :func:`fit`, :func:`fit_restarts`, :func:`load`, :func:`compile_step`.  More in :mod:`pyro_hvae.training`,
+    :mod:`~pyro_hvae.data`.
 """
 
-__version__ = "0.1.0"
-
+from pyro_hvae._version import __version__
 from pyro_hvae.bounds import (
     CUBO,
     EUBO,
@@ -21,9 +41,7 @@ from pyro_hvae.bounds import (
     WakePhase,
     explain,
 )
-from pyro_hvae.chains import BottomUp, TopDown
-from pyro_hvae.coding import decode, encode, impute, reconstruct
-from pyro_hvae.compile import compile_step
+from pyro_hvae.chains import BottomUp, Ladder, Reversed, TopDown, decode, encode, impute, reconstruct
 from pyro_hvae.diagnostics import diagnose, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
@@ -41,61 +59,78 @@ from pyro_hvae.kernels import (
     Transition,
     WithoutContext,
 )
-from pyro_hvae.ladder import Ladder
 from pyro_hvae.models import hvae, ladder_vae, vae, vdm
-from pyro_hvae.reversal import Reversed
-from pyro_hvae.training import fit, fit_restarts, load
+from pyro_hvae.problem import Problem
+from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
+# Programs
 __all__ = [
-    "CUBO",
-    "EUBO",
-    "IWELBO",
     "Bernoulli",
     "BottomUp",
     "Categorical",
     "DenoisingChain",
     "Diffusion",
-    "DiffusionELBO",
     "DiscretizedLogistic",
     "Flow",
     "Gaussian",
     "Ladder",
-    "LayerwiseELBO",
     "LinearGaussian",
     "NegativeBinomial",
     "Poisson",
-    "Regularised",
     "Reversed",
-    "ReweightedWakeSleep",
-    "SleepPhase",
     "StandardNormal",
-    "ThermodynamicBound",
     "TopDown",
-    "TraceELBO",
     "Transition",
-    "VRBound",
-    "WakePhase",
     "WithoutContext",
     "__version__",
-    "compare_guides",
-    "compile_step",
     "decode",
-    "diagnose",
     "encode",
-    "evidence_sandwich",
-    "explain",
-    "fit",
-    "fit_restarts",
-    "forward_kl",
     "hvae",
     "impute",
     "ladder_vae",
-    "load",
-    "log_evidence",
     "reconstruct",
-    "reverse_kl",
-    "to_datatree",
-    "total_correlation",
     "vae",
     "vdm",
 ]
+
+# Bounds
+__all__ += [
+    "CUBO",
+    "EUBO",
+    "IWELBO",
+    "DiffusionELBO",
+    "LayerwiseELBO",
+    "Regularised",
+    "ReweightedWakeSleep",
+    "SleepPhase",
+    "ThermodynamicBound",
+    "TraceELBO",
+    "VRBound",
+    "WakePhase",
+    "explain",
+]
+
+# Evidence and diagnostics
+__all__ += [
+    "Problem",
+    "compare_guides",
+    "diagnose",
+    "evidence_sandwich",
+    "forward_kl",
+    "log_evidence",
+    "reverse_kl",
+    "to_datatree",
+    "total_correlation",
+]
+
+# Training
+__all__ += [
+    "compile_step",
+    "fit",
+    "fit_restarts",
+    "load",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

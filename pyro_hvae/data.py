@@ -1,4 +1,4 @@
-r"""Data to start with, and batches of whatever fits in memory.
+r"""Example data, and batches of tensors in memory.
 
 - :func:`digits`: 1797 handwritten digits, 8 x 8, that come with scikit-learn.
 - :func:`idx_folder`: a folder of IDX files, the format of MNIST and its relatives, plain or compressed by gzip.
@@ -6,12 +6,12 @@ r"""Data to start with, and batches of whatever fits in memory.
 - :class:`Batches`: batches by index over whole tensors.
 
 **Grey pixels and Bernoulli.** A grey value g in [0, 1] isn't in the support of a Bernoulli likelihood. Published
-likelihoods of MNIST come from images redrawn as x ~ Bernoulli(g) whenever they are used in training; that is
-``transform=binarize``, here or in ``fit``. Likelihoods of images binarised once, or by a threshold, are
-other numbers and can't be compared with them.
+likelihoods of MNIST come from images redrawn as x ~ Bernoulli(g) at every use in training; that is
+``transform=binarize``, here or in ``fit``. Likelihoods of images binarised once, or by a threshold, can't be compared
+with them.
 
-**Speed.** Collating single images costs more than a training step of a small model: everything here indexes whole
-tensors by whole batches, one ``index_select`` a tensor and batch.
+**Speed.** Collating single images costs more than a training step of a small model. Batches are therefore indexed from
+whole tensors, one ``index_select`` per tensor and batch.
 
 The IDX format: two zero bytes, a byte for the type, a byte for the number of dims, the sizes as big-endian 32-bit
 integers, then the values in C order (The MNIST database, LeCun, Cortes and Burges, 1998).
@@ -87,15 +87,15 @@ def digits(*, flat: bool = True) -> Split:
 def idx_folder(path: str | Path, *, flat: bool = True) -> Split:
     """Load a folder of images in MNIST's format, grey values scaled to [0, 1].
 
-    The files are found by name: ``train-images*`` and ``t10k-images*`` (or ``test-images*``), with labels
-    ``train-labels*`` and so on where there are any; a name ending in ``.gz`` is decompressed.
+    The names of the files are ``train-images*`` and ``t10k-images*`` (or ``test-images*``), and of optional labels
+    ``train-labels*`` and so on; a file ending in ``.gz`` is decompressed.
 
     Args:
         path: the folder.
         flat: images as vectors of H W; otherwise as (1, H, W).
 
     Raises:
-        FileNotFoundError: if the folder or one of the two image files is missing, with what was looked for and found.
+        FileNotFoundError: if the folder or one of the two image files is missing, with the files there.
         ValueError: for a file that :func:`read_idx` refuses, images that are not (N, H, W) bytes, or labels that
             don't match the images in number.
 
@@ -111,7 +111,7 @@ def idx_folder(path: str | Path, *, flat: bool = True) -> Split:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}: idx_folder wants the one that holds the IDX files.")
+        raise FileNotFoundError(f"no folder {str(folder)!r}: idx_folder needs the one with the IDX files.")
     train, train_labels = _part(folder, ("train",), flat)
     test, test_labels = _part(folder, ("t10k", "test"), flat)
     if train.shape[1:] != test.shape[1:]:
@@ -129,7 +129,7 @@ def read_idx(path: str | Path) -> np.ndarray:
         The array with the file's own shape and type, in the machine's byte order.
 
     Raises:
-        ValueError: if the file is not IDX (its first bytes are shown), has an unknown type, or is shorter or longer
+        ValueError: if the file is not IDX (with its first bytes), has an unknown type, or is shorter or longer
             than its header says.
     """
     path = Path(path)
@@ -141,13 +141,13 @@ def read_idx(path: str | Path) -> np.ndarray:
             raise ValueError(f"{path} is a gzip file that can't be decompressed ({error}): copy it again.") from error
     if len(raw) < 4 or raw[:2] != b"\0\0":
         raise ValueError(
-            f"{path} is not an IDX file: it begins with {raw[:4].hex(' ') or 'nothing'}, where 00 00, a type and a "
+            f"{path} is not an IDX file: it starts with {raw[:4].hex(' ') or 'nothing'}, where 00 00, a type and a "
             "number of dims were expected."
         )
     code, num_dims = raw[2], raw[3]
     if code not in _IDX_TYPES:
-        known = ", ".join(f"{key:#04x} {np.dtype(name).name}" for key, name in _IDX_TYPES.items())
-        raise ValueError(f"{path} has the unknown IDX type {code:#04x}; the types are {known}.")
+        types = ", ".join(f"{key:#04x} {np.dtype(name).name}" for key, name in _IDX_TYPES.items())
+        raise ValueError(f"{path} has the unknown IDX type {code:#04x}; the types are {types}.")
     start = 4 + 4 * num_dims
     if len(raw) < start:
         raise ValueError(f"{path} ends within its header: {len(raw)} bytes, where {num_dims} dims need {start}.")
@@ -165,7 +165,7 @@ def read_idx(path: str | Path) -> np.ndarray:
 def binarize(x: Tensor, *, threshold: float | None = None, generator: torch.Generator | None = None) -> Tensor:
     r"""Turn grey values into zeros and ones: x ~ Bernoulli(g) anew at each call, or x = 1 where g > threshold.
 
-    For binarisation once and for all, call it once; for a new draw whenever an image is used, pass the function itself:
+    To binarise once, call it once; for a new draw at every use of an image, pass the function itself:
     ``fit(..., transform=binarize)`` or ``Batches(..., transform=binarize)``.
 
     Args:
@@ -194,7 +194,7 @@ def binarize(x: Tensor, *, threshold: float | None = None, generator: torch.Gene
 
 
 def check_finite(x: Tensor, name: str = "x", mask: Tensor | None = None) -> None:
-    """Refuse NaN and infinite values, except where a mask says that nothing was observed.
+    """Refuse NaN and infinite values, except where a mask is False (nothing was observed).
 
     Raises:
         ValueError: with the count of such values, the first one and its index.
@@ -219,9 +219,8 @@ def check_unit_interval(x: Tensor, name: str = "x") -> None:
 class Batches:
     """Batches over whole tensors in memory, by index.
 
-    An item is what the programs are called with: the tensor where one was given, a tuple of several, or a dict of those
-    given by name. An epoch in progress can be saved and continued: :meth:`state_dict` holds the state
-    of the generator and the position.
+    An item is the argument of the programs: a tensor, a tuple of several, or a dict of named ones. An epoch in progress
+    can be saved and continued: :meth:`state_dict` holds the state of the generator and the position.
 
     Args:
         *tensors: each (N, ...); all have the same N.
@@ -229,7 +228,7 @@ class Batches:
         shuffle: a new order each epoch, from ``seed``.
         drop_last: leave out a smaller last batch.
         seed: of the order.
-        device: where all tensors are put, once.
+        device: all tensors are moved there once.
         transform: called on each batch's first tensor (``x`` of those named, if there is one), e.g. :func:`binarize`.
         **named: tensors by name, e.g. ``x=``, ``context=``, ``mask=``.
 
@@ -292,11 +291,11 @@ class Batches:
 
     @property
     def dataset(self) -> Tensor:
-        """The first tensor, as a ``DataLoader`` names what it draws from; its length is N."""
+        """The first tensor, under the name that a ``DataLoader`` has for its data; its length is N."""
         return self._values[self._transformed]
 
     def __iter__(self) -> Iterator[Any]:
-        """One epoch; after :meth:`load_state_dict` the rest of the epoch that was saved."""
+        """Yield one epoch; after :meth:`load_state_dict` the rest of the saved epoch."""
         if self._resume:
             self._generator.set_state(self._start_of_epoch)
         else:
@@ -304,10 +303,10 @@ class Batches:
         self._resume = False
         order = torch.randperm(self.data_size, generator=self._generator) if self.shuffle else None
         for position in range(self._position, len(self)):
-            begin = position * self.batch_size
-            end = min(begin + self.batch_size, self.data_size)
+            start = position * self.batch_size
+            stop = min(start + self.batch_size, self.data_size)
             batch = {
-                name: value[begin:end] if order is None else value.index_select(0, order[begin:end].to(value.device))
+                name: value[start:stop] if order is None else value.index_select(0, order[start:stop].to(value.device))
                 for name, value in self._values.items()
             }
             if self.transform is not None:
@@ -321,7 +320,7 @@ class Batches:
                 yield tuple(batch.values()) if len(batch) > 1 else batch[self._transformed]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the order stands: after the batch that was last handed out."""
+        """Return the state of the order after the last batch."""
         done = self._position == len(self)
         return {
             "generator": self._generator.get_state() if done else self._start_of_epoch.clone(),
@@ -330,14 +329,14 @@ class Batches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; the next iteration yields what is left of its epoch.
+        """Continue from a state; the next iteration yields the rest of its epoch.
 
         Raises:
             ValueError: for a position beyond the number of batches.
         """
         if not 0 <= state["position"] < len(self):
             raise ValueError(
-                f"the state stands at batch {state['position']}, but an epoch has {len(self)}: it was saved with "
+                f"the state is at batch {state['position']}, but an epoch has {len(self)}: it was saved with "
                 "other data or another batch_size."
             )
         self._start_of_epoch, self._position = state["generator"], state["position"]
@@ -345,12 +344,12 @@ class Batches:
 
 
 def _part(folder: Path, prefixes: tuple[str, ...], flat: bool) -> tuple[Tensor, Tensor | None]:
-    """The images of one part of a folder, and its labels where there are any."""
+    """Return the images of one part of a folder, and its labels if there are any."""
     image_file, label_file = _find(folder, prefixes, "images"), _find(folder, prefixes, "labels")
     if image_file is None:
         names = " or ".join(f"{prefix}-images*" for prefix in prefixes)
-        found = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
-        raise FileNotFoundError(f"no {names} in {str(folder)!r}, which holds {found}.")
+        files = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
+        raise FileNotFoundError(f"no {names} in {str(folder)!r}, which has {files}.")
     raw = read_idx(image_file)
     if raw.dtype != np.uint8 or raw.ndim != 3:
         raise ValueError(f"{image_file} holds {raw.dtype.name} of shape {raw.shape}; images are uint8 (N, H, W).")

@@ -1,19 +1,18 @@
-r"""The demonstration that ``pyro-hvae demo`` runs: three models of handwritten digits, trained for the same time.
+r"""Demonstration of ``pyro-hvae demo``: three models of handwritten digits, trained for the same time.
 
 The data are scikit-learn's digits, 8 x 8, cut to black and white at half the grey range. A Markovian hierarchical VAE,
-a ladder VAE with the same generative model, and a VAE with one layer are each given the same number of seconds, and
-compared on images they have not seen by
+a ladder VAE with the same generative model, and a VAE with one layer are trained for the same number of seconds, and
+compared on held-out images by
 
 - the evidence lower bound and its terms, one a layer (nats);
 - the importance-weighted bound with K = 1000 draws, :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k | x)`, in nats and in
-  bits per dimension, nats / (64 log 2), the closest of these to log p(x);
+  bits per dimension, nats / (64 log 2), the tightest bound on log p(x) of these;
 - active units per layer, :math:`\mathrm{Var}_x\, E_q[u | x] > 0.01`;
-- the log-likelihood of independent Bernoulli pixels with the training set's frequencies, the least that any model of
-  images must beat.
+- the log-likelihood of independent Bernoulli pixels with the training set's frequencies, a baseline.
 
 All three are trained on the layerwise bound, its divergences weighted by a factor that grows to one in the first half
-of the time. The ladder's terms are true divergences, so it also gets free bits that vanish before the end: without
-them its upper layers collapse. What is reported is the bound itself.
+of the time. The ladder's terms are true divergences, so it also gets free bits that decrease to zero: without them
+its upper layers collapse. The report has the unweighted bound.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,12 +32,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hvae import models, plots
-from pyro_hvae.bounds import LayerwiseELBO, Regularised
-from pyro_hvae.coding import decode, encode, reconstruct
+from pyro_hvae.bounds import IWELBO, LayerwiseELBO, Regularised
+from pyro_hvae.chains import decode, encode, reconstruct
 from pyro_hvae.data import binarize, digits
 from pyro_hvae.diagnostics import to_datatree
 from pyro_hvae.diagnostics.layers import active_units
-from pyro_hvae.traces import log_weights
+from pyro_hvae.problem import Problem
 from pyro_hvae.training import fit
 
 __all__ = ["Clock", "bernoulli_baseline", "demo", "evaluate"]
@@ -49,14 +48,14 @@ _SHAPE = (8, 8)
 
 
 class Clock:
-    """Callback that ends a run after some seconds and lowers the learning rate by a cosine on the way.
+    """Callback that ends a run after some seconds, with a cosine schedule of the learning rate.
 
-    Seconds are of processor time, so that models are compared fairly on a machine that has other work to do as well.
+    Seconds are processor time, so other work of the machine does not change the comparison.
 
     Args:
         seconds: of training, > 0.
         rate: learning rate at the start.
-        label: shown beside the bar; ``None`` shows no bar.
+        label: of the progress bar; ``None`` for no bar.
 
     Raises:
         ValueError: for ``seconds <= 0``.
@@ -66,27 +65,27 @@ class Clock:
         if not seconds > 0:
             raise ValueError(f"seconds must be positive, got {seconds}.")
         self.seconds, self.rate, self.label = seconds, rate, label
-        self._begin: float | None = None
+        self._start: float | None = None
         self._bar: Any = None
 
     @property
     def fraction(self) -> float:
-        """Part of the time that is over, in [0, 1]."""
-        return 0.0 if self._begin is None else min((time.process_time() - self._begin) / self.seconds, 1.0)
+        """Fraction of the time that has passed, in [0, 1]."""
+        return 0.0 if self._start is None else min((time.process_time() - self._start) / self.seconds, 1.0)
 
     def kl_weight(self, step: int) -> float:
-        """Weight of the divergences: the square of a line from 0 to 1 over the first half of the time."""
+        """Return the weight of the divergences: the square of a line from 0 to 1 over the first half of the time."""
         return min(1.0, self.fraction / 0.5) ** 2
 
     def free_bits(self, step: int) -> float:
-        """Divergence of a layer that costs nothing: from 1 nat to none over the first three fifths of the time."""
+        """Return the free bits of a layer: from 1 nat to 0 over the first three fifths of the time."""
         return max(0.0, 1.0 - self.fraction / 0.6)
 
     def __repr__(self) -> str:
         return f"Clock(seconds={self.seconds:g}, rate={self.rate:g})"
 
     def on_start(self, run: Any) -> None:
-        self._begin = time.process_time()
+        self._start = time.process_time()
         if self.label is not None:
             form = "{desc:<12} {percentage:3.0f}% |{bar:30}| {postfix}"
             self._bar = tqdm(total=self.seconds, desc=self.label, bar_format=form)
@@ -101,9 +100,9 @@ class Clock:
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
         if self._bar is not None and record.get("loss") is not None:
             self._bar.n = self.fraction * self.seconds
-            shown = [f"step {run.step}", f"loss {record['loss']:.2f}"]
-            shown += [f"{name} {value:.2f}" for name, value in record.items() if name.startswith(("kl_", "rate_"))]
-            self._bar.set_postfix_str(", ".join(shown))
+            fields = [f"step {run.step}", f"loss {record['loss']:.2f}"]
+            fields += [f"{name} {value:.2f}" for name, value in record.items() if name.startswith(("kl_", "rate_"))]
+            self._bar.set_postfix_str(", ".join(fields))
 
     def on_end(self, run: Any) -> None:
         if self._bar is not None:
@@ -112,7 +111,7 @@ class Clock:
 
 
 def bernoulli_baseline(train: Tensor, test: Tensor) -> Tensor:
-    """Log-likelihood of held-out images under independent pixels with the training set's frequencies.
+    """Return the log-likelihood of images under independent pixels with the training set's frequencies.
 
     Args:
         train: black-and-white images (N, D).
@@ -130,26 +129,29 @@ def bernoulli_baseline(train: Tensor, test: Tensor) -> Tensor:
 
 
 def evaluate(model: Any, guide: Any, x: Tensor, *, num_particles: int = 1000, chunk_size: int = 100) -> dict[str, Any]:
-    """What the tables of the demonstration report of one pair, on data x (N, D).
+    """Evaluate one pair on data x (N, D), for the report.
 
     Returns:
         ``elbo``, ``log_likelihood`` (the importance-weighted bound with ``num_particles`` draws) and ``stderr`` of its
         mean over the data, in nats; ``bits_per_dim``; ``terms`` by name in nats; ``active`` units by site.
     """
-    terms = {
-        name: float(value.mean()) for name, value in LayerwiseELBO(num_particles=50).terms(model, guide, x).items()
-    }
-    weights = log_weights(model, guide, x, num_particles=num_particles, chunk_size=chunk_size)
-    bound = weights.logsumexp(0) - math.log(num_particles)
-    mean = float(bound.mean())
+    problem = Problem(model, guide)(x)
+    terms = {name: float(value.mean()) for name, value in LayerwiseELBO(num_particles=50).terms(problem).items()}
+    weighted = IWELBO(num_particles, chunk_size=chunk_size).terms(problem)
+    bound, mean = weighted["bound"], float(weighted["bound"].mean())
     return {
-        "elbo": float(weights.mean()),
+        "elbo": float(elbo_of(weighted).mean()),
         "log_likelihood": mean,
         "stderr": float(bound.std() / math.sqrt(len(x))),
         "bits_per_dim": -mean / (x[0].numel() * math.log(2)),
         "terms": terms,
         "active": active_units(model, guide, x),
     }
+
+
+def elbo_of(terms: Mapping[str, Tensor]) -> Tensor:
+    """Return the evidence lower bound from the terms of an importance-weighted bound: that of the same draws."""
+    return terms["reconstruction"] - sum(term for name, term in terms.items() if name.startswith("rate_"))
 
 
 def demo(
@@ -160,7 +162,7 @@ def demo(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train, compare, draw, and write it all to a folder.
+    """Train three models, compare them, plot, and write the results to a folder.
 
     The folder gets a run directory for each model (``pyro_hvae.load`` reads it), ``results.json``, ``posterior.nc``
     with draws of the HVAE's guide, and pictures of training, layers, reconstructions and samples. An
@@ -171,10 +173,10 @@ def demo(
         seconds: of processor time to train each of the three models.
         seed: of weights, noise and order of the data; the number of steps made in the time varies all the same.
         progress: show a bar.
-        say: where lines of the report go.
+        say: called with each line of the report.
 
     Returns:
-        What ``results.json`` holds: ``baseline`` in nats, and for each model what :func:`evaluate` returns with
+        The content of ``results.json``: ``baseline`` in nats, and for each model the result of :func:`evaluate` with
         ``steps`` and ``training_seconds`` by the wall clock.
 
     Raises:
@@ -201,7 +203,7 @@ def demo(
         torch.manual_seed(seed)
         model, guide = build()
         clock = Clock(seconds, rate=2e-3, label=name if progress else None)
-        begin = time.perf_counter()
+        started = time.perf_counter()
         with _one_thread():
             result = fit(
                 model,
@@ -224,12 +226,12 @@ def demo(
                 callbacks=[clock],
                 progress=False,
             )
-        taken = time.perf_counter() - begin
+        taken = time.perf_counter() - started
         model.eval()
         guide.eval()
         torch.manual_seed(seed)
-        found = {"steps": result.steps, "training_seconds": taken, **evaluate(model, guide, test)}
-        trained[name], results["models"][name] = (model, guide, result.history), found
+        outcome = {"steps": result.steps, "training_seconds": taken, **evaluate(model, guide, test)}
+        trained[name], results["models"][name] = (model, guide, result.history), outcome
 
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for line in report(results):
@@ -243,47 +245,47 @@ def demo(
 
 
 def report(results: dict[str, Any]) -> list[str]:
-    """The lines of the comparison."""
-    found, baseline = results["models"], results["baseline"]
+    """Return the lines of the comparison."""
+    outcomes, baseline = results["models"], results["baseline"]
     names = {"hvae": "HVAE", "ladder_vae": "ladder VAE", "vae": "one layer"}
-    lines = ["", "held-out images, nats each" + "".join(f"{names[name]:>14}" for name in found) + f"{'pixels':>12}"]
+    lines = ["", "held-out images, nats each" + "".join(f"{names[name]:>14}" for name in outcomes) + f"{'pixels':>12}"]
 
     def row(label: str, values: list[str], last: str = "") -> None:
         lines.append(f"{label:<26}" + "".join(f"{value:>14}" for value in values) + f"{last:>12}")
 
-    row("optimiser steps", [f"{f['steps']}" for f in found.values()])
-    row("ELBO", [f"{f['elbo']:.2f}" for f in found.values()])
-    row("IWELBO, K = 1000", [f"{f['log_likelihood']:.2f}" for f in found.values()], f"{baseline:.2f}")
-    row("  standard error", [f"{f['stderr']:.2f}" for f in found.values()])
+    row("optimiser steps", [f"{f['steps']}" for f in outcomes.values()])
+    row("ELBO", [f"{f['elbo']:.2f}" for f in outcomes.values()])
+    row("IWELBO, K = 1000", [f"{f['log_likelihood']:.2f}" for f in outcomes.values()], f"{baseline:.2f}")
+    row("  standard error", [f"{f['stderr']:.2f}" for f in outcomes.values()])
     row(
         "  in bits per pixel",
-        [f"{f['bits_per_dim']:.3f}" for f in found.values()],
+        [f"{f['bits_per_dim']:.3f}" for f in outcomes.values()],
         f"{-baseline / 64 / math.log(2):.3f}",
     )
-    row("  above the pixels", [f"{f['log_likelihood'] - baseline:.2f}" for f in found.values()])
-    row("reconstruction", [f"{f['terms']['reconstruction']:.2f}" for f in found.values()])
-    for layer in sorted({site for f in found.values() for site in f["active"]}):
+    row("  above the pixels", [f"{f['log_likelihood'] - baseline:.2f}" for f in outcomes.values()])
+    row("reconstruction", [f"{f['terms']['reconstruction']:.2f}" for f in outcomes.values()])
+    for layer in sorted({site for f in outcomes.values() for site in f["active"]}):
         cells = []
-        for f in found.values():
+        for f in outcomes.values():
             term = next((name for name in f["terms"] if name.split("_", 1)[-1] == layer), None)
             cells.append("" if term is None else f"{term.split('_')[0]} {f['terms'][term]:.2f}")
         row(f"layer {layer}", cells)
-        row("  active units", [f"{f['active'].get(layer, '')}" for f in found.values()])
+        row("  active units", [f"{f['active'].get(layer, '')}" for f in outcomes.values()])
     lines.append("")
-    for name, f in found.items():
+    for name, f in outcomes.items():
         collapsed = [site for site, count in f["active"].items() if count == 0]
         if collapsed:
             lines.append(f"{names[name]}: {', '.join(sorted(collapsed))} collapsed onto the prior (no active unit).")
-    gain = found["hvae"]["log_likelihood"] - baseline
+    gain = outcomes["hvae"]["log_likelihood"] - baseline
     verdict = "" if gain >= 5 else ", less than the 5 that this demonstration expects: train for longer"
     lines.append(f"The HVAE is {gain:.2f} nats an image above independent pixels{verdict}.")
-    if sum(count > 0 for count in found["ladder_vae"]["active"].values()) < 2:
-        lines.append("The ladder VAE has active units in fewer than two layers: that is less than it should keep.")
+    if sum(count > 0 for count in outcomes["ladder_vae"]["active"].values()) < 2:
+        lines.append("The ladder VAE has active units in fewer than two layers; it should have them in two or more.")
     return lines
 
 
 def _posterior(model: Any, guide: Any, test: Tensor, path: Path) -> list[str]:
-    """Write draws for the first held-out images, and say what ArviZ says of the top layer of the first."""
+    """Write draws for the first held-out images; return ArviZ's summary of the top layer for the first."""
     import arviz_stats
 
     x = test[:20]
@@ -296,12 +298,12 @@ def _posterior(model: Any, guide: Any, test: Tensor, path: Path) -> list[str]:
     return ["", f"ArviZ on q({top} | first held-out image), 500 draws:", str(summary)]
 
 
-def _draw(model: Any, guide: Any, history: Any, found: dict[str, Any], test: Tensor, out: Path) -> list[str]:
-    """Pictures of the HVAE."""
+def _draw(model: Any, guide: Any, history: Any, outcome: dict[str, Any], test: Tensor, out: Path) -> list[str]:
+    """Plot the HVAE; return the names of the files."""
     rows, titles = depths(model, guide, test[:12])
     figures = {
         "training.png": plots.training_curves(history),
-        "layers.png": plots.layer_kl(found["terms"], units=found["active"]),
+        "layers.png": plots.layer_kl(outcome["terms"], units=outcome["active"]),
         "reconstructions.png": plots.reconstructions(test, reconstruct(model, guide, test, num_draws=50), _SHAPE),
         "samples.png": plots.samples(decode(model, {}, size=100).mean, _SHAPE),
         "depths.png": plots.samples(rows, _SHAPE, titles=titles),
@@ -312,7 +314,7 @@ def _draw(model: Any, guide: Any, history: Any, found: dict[str, Any], test: Ten
 
 
 def depths(model: Any, guide: Any, x: Tensor) -> tuple[list[Tensor], list[str]]:
-    """What remains of an image when only the layers from some depth upwards are kept, the rest drawn anew.
+    """Decode images with the layers from some depth upwards kept and the others drawn from the prior.
 
     Returns:
         Rows of images (the data; those with z_1 kept, z_2 kept, ...; draws from the prior), and their titles. Images
@@ -330,7 +332,7 @@ def depths(model: Any, guide: Any, x: Tensor) -> tuple[list[Tensor], list[str]]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Train on one core: for networks this small a second one only waits for the first."""
+    """Train on one core: networks this small are no faster on two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -340,6 +342,6 @@ def _one_thread() -> Iterator[None]:
 
 
 def _forget(run_dir: Path) -> None:
-    """Remove what an earlier demonstration left, and nothing that is not a run directory."""
+    """Remove the run directory of an earlier demonstration, and nothing else."""
     if (run_dir / "config.json").exists():
         shutil.rmtree(run_dir)

@@ -1,6 +1,6 @@
-r"""Ready-made pairs: functions that return (model, guide), built of the kernels and chains that anyone can use.
+r"""Ready-made pairs: functions that return (model, guide), built from the kernels and chains of this package.
 
-With events of a given shape and latents z_1, ..., z_T of widths d_1, ..., d_T, all networks perceptrons:
+For events of shape ``event_shape`` and latents z_1, ..., z_T of widths d_1, ..., d_T, all networks perceptrons:
 
 - :func:`vae`: p(z_1) p(x | z_1) and q(z_1 | x);
 - :func:`hvae`: p(z_T) prod p(z_{t-1} | z_t) p(x | z_1), and bottom-up q(z_1 | x) prod q(z_t | z_{t-1});
@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_hvae.chains import BottomUp, TopDown
+from pyro_hvae.chains import BottomUp, Ladder, LadderEvidence, TopDown
 from pyro_hvae.diffusion.denoising import DenoisingChain
 from pyro_hvae.diffusion.process import Diffusion
+from pyro_hvae.diffusion.schedules import LinearSchedule, Schedule
 from pyro_hvae.diffusion.variance import ReverseVariance
 from pyro_hvae.kernels import (
     Bernoulli,
@@ -34,9 +36,7 @@ from pyro_hvae.kernels import (
     StandardNormal,
 )
 from pyro_hvae.kernels.base import join
-from pyro_hvae.ladder import Evidence, Ladder
 from pyro_hvae.nn import MLP, xavier_
-from pyro_hvae.schedules import LinearSchedule, Schedule
 
 __all__ = ["hvae", "ladder_vae", "vae", "vdm"]
 
@@ -97,7 +97,7 @@ def vae(
         Model and guide.
 
     Raises:
-        ValueError: for a name that is not known, or a width below 1.
+        ValueError: for an unknown name, or a width below 1.
 
     Example:
         >>> import torch
@@ -140,8 +140,7 @@ def hvae(
         Model and guide.
 
     Raises:
-        ValueError: for no layer at all, ``hidden`` that does not fit, a name that is not known, or a width
-            below 1.
+        ValueError: for no layer at all, ``hidden`` that does not fit, an unknown name, or a width below 1.
 
     Example:
         >>> import torch
@@ -166,11 +165,11 @@ def ladder_vae(
     context_dim: int = 0,
     **likelihood_options: Any,
 ) -> tuple[TopDown, Ladder]:
-    """Ladder VAE: the model of :func:`hvae` with a guide that runs top-down (:mod:`pyro_hvae.ladder`).
+    """Ladder VAE: the model of :func:`hvae` with a guide that runs top-down (:class:`~pyro_hvae.chains.Ladder`).
 
-    Rung t has features of the hidden widths of layer t, d_t being the last of them, and a linear head on it.
+    Layer t of the upward pass has the hidden widths of layer t, its features d_t the last of them, and a linear head.
 
-    The standard deviations of p(z_t | z_{t+1}) are held above 0.9. The unit of a latent is free, so that this
+    The standard deviations of p(z_t | z_{t+1}) stay above 0.9. The unit of a latent is free, so that this
     costs the model little; without it the first steps, in which all latents are but noise to the decoder,
     shrink z_t together with its posterior, and a layer that small no longer gets a gradient.
 
@@ -205,16 +204,15 @@ def ladder_vae(
 
 
 def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type) -> tuple[TopDown, Any]:
-    """Model and guide of the asked family, networks made in one order whatever the family."""
+    """Build model and guide; the order of the networks is the same for each family of guides."""
     dims = list(dims)
     if not dims or min(dims) < 1:
         raise ValueError(f"latent_dims holds the widths of z_1, ..., z_T, at least one and each >= 1; got {dims}.")
-    shape = args["event_shape"]
-    event: tuple[int, ...] = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not event or min(event) < 1:
-        raise ValueError(f"event_shape must hold at least one size, all >= 1; got {shape}.")
-    activation = _named("activation", args["activation"], ACTIVATIONS)
-    likelihood, count = _named("likelihood", args["likelihood"], LIKELIHOODS)
+    event = _event(args["event_shape"])
+    if args["context_dim"] < 0:
+        raise ValueError(f"context_dim is the width of the context, 0 for none; got {args['context_dim']}.")
+    activation = _choose("activation", args["activation"], ACTIVATIONS)
+    likelihood, count = _choose("likelihood", args["likelihood"], LIKELIHOODS)
     hidden = _layers(args["hidden"], len(dims))
     context = args["context_dim"]
     options = {
@@ -259,28 +257,28 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
     guide: BottomUp | Ladder
     if family is Ladder:
         if not all(hidden):
-            raise ValueError("a ladder's rungs need at least one hidden width each: their features are what goes up.")
+            raise ValueError(f"a ladder needs at least one hidden width a layer, that of its features; got {hidden}.")
         features: list[Any] = [event, *(widths[-1] for widths in hidden)]
-        rungs = {
-            f"z{t + 1}": Evidence(
+        evidence = {
+            f"z{t + 1}": LadderEvidence(
                 net(features[t], features[t + 1], hidden[t][:-1]),
                 xavier_(nn.Linear(hidden[t][-1], 2 * dims[t])),
                 activation(),
             )
             for t in range(len(dims))
         }
-        guide = Ladder(model, **rungs)
+        guide = Ladder(model, **evidence)
     else:
         below: list[Any] = [event, *dims]
         encoders = [net(below[t], 2 * dims[t], hidden[t]) for t in range(len(dims))]
         guide = BottomUp(**{f"z{t + 1}": Gaussian(encoder, scale=scale) for t, encoder in enumerate(encoders)})
-    record = {"factory": f"pyro_hvae.models.{factory}", "args": _plain(args)}
+    record = {"factory": f"pyro_hvae.models.{factory}", "args": _as_lists(args)}
     model.factory = guide.factory = record
     return model, guide
 
 
 class Folded(nn.Module):
-    """A network over vectors between events of other shapes: flatten, join the context, call, fold.
+    """Call a network over vectors on events of any shape: flatten, join the context, call, reshape.
 
     Args:
         net: network from vectors (..., c + prod(before)) to vectors (..., prod(after)).
@@ -297,8 +295,20 @@ class Folded(nn.Module):
     def forward(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """(..., *before) and (..., c) to (..., *after)."""
         value = value.reshape(*value.shape[: value.dim() - len(self.before)], math.prod(self.before))
-        found = self.net(value if context is None else join(value, context))
-        return found.reshape(*found.shape[:-1], *self.after)
+        output = self.net(value if context is None else join(value, context))
+        return output.reshape(*output.shape[:-1], *self.after)
+
+
+def _event(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of one datum as a tuple.
+
+    Raises:
+        ValueError: for no size at all, or one below 1.
+    """
+    sizes = (shape,) if isinstance(shape, Integral) else tuple(shape)  # type: ignore[arg-type]
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"event_shape must hold at least one size, all >= 1; got {shape}.")
+    return tuple(int(size) for size in sizes)
 
 
 def _width(shape: int | tuple[int, ...]) -> int:
@@ -306,28 +316,30 @@ def _width(shape: int | tuple[int, ...]) -> int:
 
 
 def _layers(hidden: Hidden, depth: int) -> list[list[int]]:
-    """Hidden widths, one list a layer."""
-    given: list[Any] = list(hidden)
-    if all(isinstance(width, int) for width in given):
-        return [list(given) for _ in range(depth)]
-    if any(isinstance(width, int) for width in given) or len(given) != depth:
+    """Return the hidden widths, one list a layer."""
+    entries: list[Any] = list(hidden)
+    if all(isinstance(width, int) for width in entries):
+        return [list(entries) for _ in range(depth)]
+    if any(isinstance(width, int) for width in entries) or len(entries) != depth:
         raise ValueError(
             f"hidden is one sequence of widths for all layers, or a sequence a layer, {depth} of them; got {hidden}."
         )
-    return [list(widths) for widths in given]
+    return [list(widths) for widths in entries]
 
 
-def _named(what: str, name: str, known: dict[str, Any]) -> Any:
-    if name not in known:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, sorted(known)))}; got {name!r}.")
-    return known[name]
+def _choose(what: str, name: str, choices: dict[str, Any]) -> Any:
+    if name not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, sorted(choices)))}; got {name!r}.")
+    return choices[name]
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, so that the record survives JSON and YAML unchanged."""
+def _as_lists(value: Any) -> Any:
+    """Turn tuples into lists and integers into int, so that JSON and YAML return the record unchanged."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+        return {key: _as_lists(entry) for key, entry in value.items()}
+    return [_as_lists(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
 def vdm(
@@ -346,11 +358,14 @@ def vdm(
         denoiser: module called with (z, gamma), or (z, gamma, context).
         event_shape: of one datum.
         num_layers: T; None for continuous time.
-        schedule: gamma(t); :class:`~pyro_hvae.schedules.LinearSchedule` by default.  A learned one is trained
+        schedule: gamma(t); :class:`~pyro_hvae.diffusion.LinearSchedule` by default.  A learned one is trained
             as a part of the model.
         likelihood: kernel for p(x | z_1); by default the Gaussian that the first noise level leaves.
         parameterisation: what the denoiser predicts: ``"eps"``, ``"x0"``, ``"v"`` or ``"score"``.
         reverse_variance: a :class:`~pyro_hvae.diffusion.ReverseVariance`, learned or calibrated.
+
+    Raises:
+        ValueError: for an ``event_shape`` without sizes or with one below 1, T < 1, or an unknown parameterisation.
 
     Reference:
         Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
@@ -361,7 +376,7 @@ def vdm(
         >>> model(size=3).shape
         torch.Size([3, 2])
     """
-    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    shape = _event(event_shape)
     noise = LinearSchedule() if schedule is None else schedule
     model = DenoisingChain(
         denoiser,

@@ -20,9 +20,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor, nn
 
-from pyro_hvae.chains import BottomUp, TopDown
+from pyro_hvae.chains import BottomUp, Ladder, TopDown
 from pyro_hvae.kernels import Bernoulli, Gaussian, StandardNormal, Transition
-from pyro_hvae.ladder import Ladder
 from tests.linear_gaussian import Oracle, linear_gaussian
 from tests.pair import PAIRS, Pair, build, draw_weights, pair, parameters, reference_weights
 

@@ -285,7 +285,7 @@ def test_load_object_and_make(programs):
     net = make({"class_path": "pyro_hvae.nn.MLP", "init_args": {
         "in_features": 2, "out_features": 3, "hidden": [4], "activation": {"object": "torch.nn.ReLU"}}})  # fmt: skip
     assert net(torch.zeros(5, 2)).shape == (5, 3)
-    with pytest.raises(ValueError, match="names nothing"):
+    with pytest.raises(ValueError, match="not among the objects"):
         make("$model")
 
 

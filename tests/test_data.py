@@ -60,8 +60,8 @@ def test_folder_without_labels(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PK\x03\x04 zip", "not an IDX file: it begins with 50 4b 03 04"),
-        (b"", "not an IDX file: it begins with nothing"),
+        (b"PK\x03\x04 zip", "not an IDX file: it starts with 50 4b 03 04"),
+        (b"", "not an IDX file: it starts with nothing"),
         (bytes([0, 0, 7, 1]), "unknown IDX type 0x07; the types are 0x08 uint8"),
         (bytes([0, 0, 8, 3, 0, 0]), "ends within its header: 6 bytes, where 3 dims need 16"),
         (idx_bytes(np.zeros((2, 2, 2), np.uint8))[:-3], r"truncated: 21 bytes.*shape \(2, 2, 2\), uint8\) needs 24"),
@@ -84,7 +84,7 @@ def test_missing_folder_and_missing_file(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         idx_folder(tmp_path / "nowhere")
     (folder / "t10k-images-idx3-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no t10k-images\* or test-images\* in .* holds t10k-labels"):
+    with pytest.raises(FileNotFoundError, match=r"no t10k-images\* or test-images\* in .* has t10k-labels"):
         idx_folder(folder)
 
 
@@ -220,7 +220,7 @@ def test_missing_entries_may_be_nan():
         (lambda: Batches(torch.zeros(0, 2), batch_size=2), "no data: N = 0"),
         (lambda: Batches(torch.zeros(2), batch_size=0), "batch_size must be >= 1, got 0"),
         (lambda: Batches(torch.zeros(2), batch_size=3, drop_last=True), "leaves no batch: batch_size is 3, N is 2"),
-        (lambda: Batches(torch.zeros(9), batch_size=3).load_state_dict({"position": 5}), "stands at batch 5.*has 3"),
+        (lambda: Batches(torch.zeros(9), batch_size=3).load_state_dict({"position": 5}), "is at batch 5.*has 3"),
     ],
 )
 def test_batches_refuse(make, message):

@@ -7,6 +7,7 @@ an import inside a function counts too.
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pyro_hvae"
 
 # Each tower from the ground up: a part may import those before it and itself.
-PROGRAMS = [
-    "distributions",
-    "nn",
-    "missing",
-    "schedules",
-    "kernels",
-    "chains",
-    "ladder",
-    "reversal",
-    "coding",
-    "diffusion",
-    "models",
-]
-ESTIMATORS = ["psis", "traces", "bounds", "factorized", "compile", "evidence", "diagnostics"]
+PROGRAMS = ["conjugate", "distributions", "nn", "kernels", "chains", "diffusion", "models"]
+ESTIMATORS = ["weights", "problem", "bounds", "factorized", "evidence", "diagnostics"]
 # What trains, draws and runs may import both towers, and is imported by neither.
-ABOVE = ["data", "plots", "training", "demo", "cli", "__main__"]
+ABOVE = ["data", "plots", "training", "demo", "cli", "__main__", "_version"]
 
 OPTIONAL = [
     "sklearn",
@@ -142,6 +131,24 @@ def test_import_changes_nothing_and_takes_no_optional_dependency():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("clean 0.")
+
+
+def test_dir_shows_the_public_names_alone():
+    import pyro_hvae
+
+    assert dir(pyro_hvae) == sorted(pyro_hvae.__all__)
+    assert len(set(pyro_hvae.__all__)) == len(pyro_hvae.__all__)
+    internal = [name for name in pyro_hvae.__all__ if name.startswith("_") and name != "__version__"]
+    assert not internal
+
+
+def test_version_is_that_of_its_file():
+    import pyro_hvae
+
+    source = (PACKAGE / "_version.py").read_text()
+    assert f'__version__ = "{pyro_hvae.__version__}"' in source
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    assert settings["tool"]["hatch"]["version"]["path"] == "pyro_hvae/_version.py"
 
 
 def test_every_public_name_exists_and_every_module_lists_its_own():

@@ -179,8 +179,15 @@ class TestLinearGaussian:
             LinearGaussian(2, 3, covariance=torch.eye(3), scale=1.0)
         with pytest.raises(ValueError, match=r"covariance must have shape \(3, 3\), got \(2, 2\)"):
             LinearGaussian(2, 3, covariance=torch.eye(2))
-        with pytest.raises(ValueError, match="standard deviations, which are positive"):
-            LinearGaussian(2, 1, scale=0.0)
+        for scale in (0.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="standard deviations, which are positive and finite"):
+                LinearGaussian(2, 1, scale=scale)
+        with pytest.raises(ValueError, match="covariance must be symmetric"):
+            LinearGaussian(2, 2, covariance=torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
+        with pytest.raises(ValueError, match="covariance must be symmetric and finite"):
+            LinearGaussian(2, 2, covariance=torch.full((2, 2), torch.nan))
+        with pytest.raises(ValueError, match=r"positive definite; its eigenvalues are \[-1"):
+            LinearGaussian(2, 2, covariance=torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
 
 
 class TwoInputs(nn.Module):
@@ -240,6 +247,28 @@ class TestDiscrete:
             Transition(2, 3)(None)
         with pytest.raises(ValueError, match="numbers of states must be >= 1"):
             Transition(0)
+        for row in ([0.2, 0.9], [-0.5, 1.5], [torch.nan, 1.0], [torch.inf, 0.0]):
+            with pytest.raises(ValueError, match="every row of probs must hold probabilities that sum to one; got"):
+                Transition(2, 2, probs=torch.tensor([[0.5, 0.5], row]))
+
+    def test_a_transition_of_probability_zero_stays_zero(self):
+        kernel = Transition(3, probs=torch.tensor([0.25, 0.0, 0.75]))
+        optimizer = torch.optim.Adam(kernel.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (-kernel(None).log_prob(torch.tensor([0, 0, 2])).sum()).backward()
+            optimizer.step()
+        found = kernel(None).probs
+        assert found[1] == 0
+        assert found[0] > 0.25
+
+    @pytest.mark.parametrize("kernel", [Poisson, NegativeBinomial])
+    def test_counts_in_float32_are_those_in_float64(self, kernel):
+        """A network that yields large rates: means of 1e6, for which torch's own sums are wrong by more than .05."""
+        raw = torch.tensor([1e6, 1e6, 0.1, 0.2] if kernel is NegativeBinomial else [1e6, 1e6])
+        narrow, wide = (kernel(nn.Identity())(raw.to(dtype)) for dtype in (torch.float32, torch.float64))
+        x = wide.mean.round() + torch.tensor([-700.0, 900.0])
+        torch.testing.assert_close(narrow.log_prob(x.float()).double(), wide.log_prob(x), rtol=1e-4, atol=0)
 
     def test_logits_are_the_networks(self):
         net = nn.Linear(3, 4)

@@ -9,7 +9,7 @@ import torch
 import pyro_hvae as ph
 from pyro_hvae import plots
 from pyro_hvae.diagnostics import calibrate, khats, layers
-from pyro_hvae.schedules import CosineSchedule, LinearSchedule
+from pyro_hvae.diffusion import CosineSchedule, LinearSchedule
 from tests.linear_gaussian import linear_gaussian
 
 

@@ -14,8 +14,7 @@ import torch
 from torch.distributions import kl_divergence
 
 import pyro_hvae as ph
-from pyro_hvae.schedules import LinearSchedule
-from pyro_hvae.traces import given
+from pyro_hvae.diffusion import LinearSchedule
 from tests.linear_gaussian import Oracle, linear_gaussian
 
 X = torch.tensor([-3.0, 0.0, 0.4, 2.0], dtype=torch.float64)
@@ -45,7 +44,7 @@ def log_evidence():
 
 def on_grid(program):
     """log p(x, z) and log q(z | x) on the grid, (8001, N) each."""
-    run = given(model, program, {"z": GRID[:, None].expand(-1, len(X))}, (X,))
+    run = ph.Problem(model, program)(X).run(len(GRID), {"z": GRID[:, None].expand(-1, len(X))})
     return run.log_p["z"] + run.log_p["x"], run.log_q["z"]
 
 
@@ -133,7 +132,7 @@ def test_eq10_bound_lies_below_the_evidence_and_touches_it_at_the_posterior(dept
 def test_eq11_weight_is_likelihood_times_prior_over_guide():
     case = linear_gaussian(1)
     z = torch.randn(100, len(case.x), 2)
-    run = given(case.model, case.other, {"z1": z}, (case.x,))
+    run = ph.Problem(case.model, case.other)(case.x).run(len(z), {"z1": z})
     likelihood = case.model.x(z).log_prob(case.x)
     prior = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1).log_prob(z)
     close(run.log_weights, likelihood + prior - case.other.z1(case.x).log_prob(z))
@@ -181,7 +180,7 @@ def test_eq14_and_eq15_joint_of_the_hierarchy_is_the_product_of_its_kernels():
 def test_eq16_and_eq17_posterior_of_the_hierarchy_is_the_product_of_its_kernels():
     case = linear_gaussian(3)
     z = {site: torch.randn(5, kernel.out_features) for site, kernel in case.other.kernels.items()}
-    run = given(case.model, case.other, z, (case.x,))
+    run = ph.Problem(case.model, case.other)(case.x).run(values=z)
     kernels = case.other.kernels
     product = (
         kernels["z1"](case.x).log_prob(z["z1"])

@@ -1,16 +1,17 @@
-"""Bounds on the evidence, estimates from above, and objectives that are neither: one family a file.
+"""Bounds on the evidence, estimates from above, and other objectives: one family per file.
 
-They read traces and know nothing of chains, so every pair of Pyro programs may be given to them.
+They are functions of a run of a problem and know nothing of chains, so they take every pair of Pyro programs.
 """
 
-from pyro_hvae.bounds.base import Bound, Objective
+from pyro_hvae.bounds.base import Bound, Estimate, Evaluation, Objective
 from pyro_hvae.bounds.diffusion import DiffusionELBO, SimpleDiffusionLoss
 from pyro_hvae.bounds.elbo import LayerwiseELBO, TraceELBO
 from pyro_hvae.bounds.explain import Explanation, explain
-from pyro_hvae.bounds.importance import IWELBO, ThermodynamicBound, VRBound, log_spacing
+from pyro_hvae.bounds.importance import IWELBO, MultiSampleBound, ThermodynamicBound, VRBound, log_spacing
 from pyro_hvae.bounds.regularised import Regularised, warm_up
 from pyro_hvae.bounds.upper import CUBO, EUBO
 from pyro_hvae.bounds.wake import ReweightedWakeSleep, SleepPhase, WakePhase
+from pyro_hvae.bounds.weighted import WeightBound
 
 __all__ = [
     "CUBO",
@@ -18,8 +19,11 @@ __all__ = [
     "IWELBO",
     "Bound",
     "DiffusionELBO",
+    "Estimate",
+    "Evaluation",
     "Explanation",
     "LayerwiseELBO",
+    "MultiSampleBound",
     "Objective",
     "Regularised",
     "ReweightedWakeSleep",
@@ -29,6 +33,7 @@ __all__ = [
     "TraceELBO",
     "VRBound",
     "WakePhase",
+    "WeightBound",
     "explain",
     "log_spacing",
     "warm_up",

@@ -1,10 +1,10 @@
-"""What all bounds share: Pyro's three entry points, the module form, values per datum, and the refusals."""
+"""Base classes of objectives and bounds: Pyro's entry points, the module form, values per datum, refusals."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,32 +12,66 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from pyro_hvae.bounds.gradients import GRADIENTS, averaged, check_holdable
-from pyro_hvae.traces import Reading, Structure, read
-from pyro_hvae.traces.parameters import check_trained, make_registrable
-from pyro_hvae.traces.running import known, unregistered
-from pyro_hvae.traces.validation import check_particles
+from pyro_hvae.problem import Problem, Run, Structure, problem_of
+from pyro_hvae.problem.checks import check_particles
+from pyro_hvae.problem.isolation import isolated
+from pyro_hvae.problem.parameters import check_trained, make_registrable
 
-__all__ = ["Bound", "Estimate", "Objective", "Treatment", "WeightBound"]
+__all__ = ["Bound", "Estimate", "Evaluable", "Evaluation", "Objective", "Treatment"]
 
 Program = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an objective computes from one run.
+    """The estimate that an objective computes from one run.
 
     Attributes:
         value: the estimate per datum, in nats, shape of the datum's plates.
         surrogate: a tensor of the same shape with the gradient to follow; ``value`` itself where it is the same.
         scale: N/B, applied to the sum over the data.
-        shared: a term that belongs to the whole data set rather than to a datum (the draws of global latents).
+        shared: a term of the whole data set, not of a datum (the draws of global latents).
+        run: the run behind it, an object with ``model_trace`` and ``guide_trace``.
     """
 
     value: Tensor
     surrogate: Tensor
     scale: float = 1.0
     shared: Tensor | None = None
+    run: Any = field(default=None, repr=False)
+
+    def loss(self, per_datum: Tensor) -> Tensor:
+        """Return minus the scaled sum over the data."""
+        summed = per_datum.sum()
+        if self.scale != 1.0:
+            summed = summed * self.scale
+        if self.shared is not None:
+            summed = summed + self.shared
+        return -summed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Value and terms of a bound from the same draws, without gradient, in nats; each of the shape of the plates.
+
+    Attributes:
+        value: the bound's estimate.
+        terms: its parts, and diagnostics of its weights, by name.
+        structure: of the pair; None where programs are not run as a whole.
+        scale: N/B, applied to the sum over the data.
+        shared: a term of the whole data set, not of a datum.
+    """
+
+    value: Tensor
+    terms: dict[str, Tensor]
+    structure: Structure | None = None
+    scale: float = 1.0
+    shared: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Return the bound of the whole data set, 0-dim: the scaled sum over the data."""
+        summed = self.value.sum() * self.scale
+        return summed if self.shared is None else summed + self.shared
 
 
 @dataclass(frozen=True)
@@ -50,47 +84,66 @@ class Treatment:
 
 
 class ObjectiveModule(ELBOModule):
-    """An objective and its pair as a module: parameters are the pair's, the output is the loss."""
+    """An objective and its pair as a module: parameters are the pair's, the output is the loss.
+
+    Each call with gradients counts as a step of objectives that follow the step.
+    """
 
     elbo: Objective
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with unregistered():
-            return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        problem = Problem(self.model, self.guide, args, kwargs, training=True, registering=False)
+        loss = self.elbo.differentiable_loss(problem)
+        if torch.is_grad_enabled():
+            self.elbo.advance()
+        return loss
 
 
-class Objective(ELBO, metaclass=abc.ABCMeta):
-    """Something to train a pair with: three entry points for Pyro, a module for torch.
+class Objective(ELBO, nn.Module, metaclass=abc.ABCMeta):
+    """Objective to train a pair: three entry points for Pyro, a module for torch.
 
-    Subclasses give :meth:`estimate`.  ``loss``, ``differentiable_loss`` and ``loss_and_grads`` are the negative
-    estimate, summed over the data and scaled by N/B, as Pyro's own ELBOs have it; none waits for the device.
+    Subclasses define :meth:`estimate`.  ``loss``, ``differentiable_loss`` and ``loss_and_grads`` are the negative
+    estimate, summed over the data and scaled by N/B, as in Pyro's ELBOs; none synchronises with the device.  Each takes
+    ``(model, guide, *args, **kwargs)``, or a bound :class:`~pyro_hvae.problem.Problem`.
+
+    State that an objective keeps from step to step is in its buffers.
     """
+
+    num_particles: int
 
     is_bound: ClassVar[bool] = False
     """Whether the value estimates a bound on log p(x) (from either side)."""
+
+    from_above: ClassVar[bool] = False
+    """Whether the value estimates log p(x) from above, so that training makes it small."""
 
     trains: ClassVar[tuple[str, ...]] = ("model", "guide")
     """The programs whose parameters the objective moves."""
 
     def __init__(self, num_particles: int = 1) -> None:
         check_particles(num_particles)
-        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        nn.Module.__init__(self)
+        ELBO.__init__(self, num_particles=num_particles, vectorize_particles=True)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
-        return f"{type(self).__name__}({shown})"
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
+        return f"{type(self).__name__}({arguments})"
 
     def _arguments(self) -> dict[str, Any]:
         return {"num_particles": self.num_particles}
 
     @abc.abstractmethod
-    def estimate(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Estimate, Reading]:
-        """One run: the estimate and the reading it came from."""
+    def estimate(self, problem: Problem) -> Estimate:
+        """Run a problem, and return the estimate from this run."""
+
+    def advance(self) -> None:
+        """Count a step of training; objectives that follow the step override this."""
+
+    def restart(self) -> None:
+        """Reset the state of earlier training; objectives that keep state from step to step override this."""
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ObjectiveModule:
-        """The objective of a pair of modules as a module: its parameters are theirs, its output the loss.
+        """Return the objective of a pair as a module: its parameters are the pair's, its output is the loss.
 
         Raises:
             TypeError: if a program is not an ``nn.Module``, and so has no parameters to give to an optimiser.
@@ -104,70 +157,60 @@ class Objective(ELBO, metaclass=abc.ABCMeta):
                 )
         return ObjectiveModule(model, guide, self)
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a 0-dim tensor (nats, summed over the data set), with its gradient."""
-        return self._differentiable(model, guide, args, kwargs, route="module")[0]
+    def differentiable_loss(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss as a 0-dim tensor (nats, summed over the data set), with its gradient.
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a 0-dim tensor without a gradient."""
+        Modules run in their present mode.
+        """
+        return self._differentiable(problem_of(model, guide, args, kwargs, training=True), "module")[0]
+
+    def loss(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss as a 0-dim tensor without a gradient, with modules in evaluation mode."""
         with torch.no_grad():
-            return self._negative(self.estimate(model, guide, args, kwargs)[0])
+            estimate = self.estimate(problem_of(model, guide, args, kwargs))
+            return estimate.loss(estimate.value)
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Accumulate the gradient of the loss in the parameters, and return the loss.
+    def loss_and_grads(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Accumulate the gradient of the loss in the parameters, count a step, and return the loss.
 
         Raises:
-            RuntimeError: on one of several processes, which nothing on this route would keep in step.
+            RuntimeError: on one of several processes, whose gradients this route does not average.
         """
         refuse_many_processes()
-        loss, reading = self._differentiable(model, guide, args, kwargs, route="store")
-        make_registrable(reading.guide_trace, reading.model_trace)
+        loss, run = self._differentiable(problem_of(model, guide, args, kwargs, training=True), "store")
+        make_registrable(run.guide_trace, run.model_trace)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
+        self.advance()
         return loss.detach()
 
-    def _differentiable(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], *, route: str
-    ) -> tuple[Tensor, Reading]:
-        estimate, reading = self.estimate(model, guide, args, kwargs)
-        surrogate = self._negative(Estimate(estimate.surrogate, estimate.surrogate, estimate.scale, estimate.shared))
+    def _differentiable(self, problem: Problem, route: str) -> tuple[Tensor, Any]:
+        estimate = self.estimate(problem)
+        surrogate = estimate.loss(estimate.surrogate)
         loss = surrogate
         if estimate.surrogate is not estimate.value:
-            loss = self._negative(estimate).detach() + (surrogate - surrogate.detach())
+            loss = estimate.loss(estimate.value).detach() + (surrogate - surrogate.detach())
         if torch.is_grad_enabled():
-            self._check_trained(model, guide, args, kwargs, reading, surrogate, route)
-        return loss, reading
+            self._check_trained(problem, estimate.run, surrogate, route)
+        return loss, estimate.run
 
-    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """The traces that Pyro's base class asks of an ELBO."""
-        reading = read(model, guide, args, kwargs)
-        return reading.model_trace, reading.guide_trace
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        """Return the traces of one run, for Pyro's base class."""
+        run = Problem(model, guide, args, kwargs).run()
+        return run.model_trace, run.guide_trace
 
-    @staticmethod
-    def _negative(estimate: Estimate) -> Tensor:
-        total = estimate.value.sum()
-        if estimate.scale != 1.0:
-            total = total * estimate.scale
-        if estimate.shared is not None:
-            total = total + estimate.shared
-        return -total
+    def _check_trained(self, problem: Problem, run: Any, loss: Tensor, route: str) -> None:
+        facts, key = problem.knowledge.facts, ("trained", route, self.trains)
+        if key not in facts:
+            traces = (run.guide_trace, run.model_trace)
 
-    def _check_trained(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple,
-        kwargs: Mapping[str, Any],
-        reading: Reading,
-        loss: Tensor,
-        route: str,
-    ) -> None:
-        checked = known(model, guide).checked_routes
-        key = (route, self.trains)
-        if key not in checked:
-            traces = (reading.guide_trace, reading.model_trace)
-            check_trained(model, guide, traces, loss, route=route, arguments=(args, kwargs), trains=self.trains)
-            checked.add(key)
+            def again() -> Tensor:
+                with isolated(problem.model, problem.guide):
+                    estimate = self.estimate(problem)
+                return estimate.loss(estimate.surrogate)
+
+            check_trained(problem, traces, loss, route=route, trains=self.trains, again=again)
+            facts[key] = True
 
 
 def refuse_many_processes() -> None:
@@ -176,12 +219,34 @@ def refuse_many_processes() -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
             f"pyro.infer.SVI on one of {distributed.get_world_size()} processes: its gradients are not averaged, so "
-            "the processes would drift apart without an error; use pyro_hvae.fit(..., fabric=...), or call "
+            "their parameters would differ without an error; use pyro_hvae.fit(..., fabric=...), or call "
             "DistributedDataParallel(bound(model, guide)) and a torch optimiser"
         )
 
 
-class Bound(Objective):
+class Evaluable(Objective):
+    """An objective that has a value and terms per datum."""
+
+    @abc.abstractmethod
+    def evaluate(self, problem: Problem) -> Evaluation:
+        """Return value and terms from the same draws; nats, shape of the plates."""
+
+    def per_datum(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the estimate for each datum, in nats, without gradient.
+
+        Returns:
+            Tensor of the shape of the plates common to all sites of the pair, ``()`` if there are none.
+        """
+        with torch.no_grad():
+            return self.evaluate(problem_of(model, guide, args, kwargs)).value
+
+    def terms(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the parts of the estimate for each datum, in nats, without gradient."""
+        with torch.no_grad():
+            return self.evaluate(problem_of(model, guide, args, kwargs)).terms
+
+
+class Bound(Evaluable):
     """An estimate of a bound on log p(x), per datum."""
 
     is_bound = True
@@ -193,35 +258,34 @@ class Bound(Objective):
         super().__init__(num_particles)
         if gradient not in self.gradients:
             raise ValueError(
-                f"{type(self).__name__} has no gradient {gradient!r}; derived for it: {', '.join(self.gradients)}"
+                f"{type(self).__name__} has no gradient {gradient!r}; it has {', '.join(self.gradients)}"
             )
         self.gradient = gradient
 
     @property
     def num_draws(self) -> int:
-        """How often one evaluation runs the guide."""
+        """Number of draws of one evaluation."""
         return self.num_particles
 
     def _arguments(self) -> dict[str, Any]:
-        shown = super()._arguments()
-        return shown | {"gradient": self.gradient} if len(self.gradients) > 1 else shown
-
-    def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The estimate for each datum, in nats, without gradient.
-
-        Returns:
-            Tensor of the shape of the plates common to all sites of the pair, ``()`` if there are none.
-        """
-        with torch.no_grad():
-            return self.estimate(model, guide, args, kwargs)[0].value
-
-    @abc.abstractmethod
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The parts of the estimate for each datum, in nats, without gradient."""
+        arguments = super()._arguments()
+        return arguments | {"gradient": self.gradient} if len(self.gradients) > 1 else arguments
 
     def refusals(self, structure: Structure) -> list[str]:
-        """Why this bound can't be had for a pair, sentence by sentence; empty if it can."""
-        pathwise_at = [name for name in structure.drawn if not structure.sites[name].has_rsample]
+        """Return the reasons why this bound can't be computed for a pair, one sentence each; empty if it can."""
+        sites = structure.sites
+        pathwise_at = [n for n in structure.drawn if not sites[n].has_rsample and not sites[n].enumerated_in_guide]
+        if structure.enumerated_in_guide and self.gradient in ("stl", "dreg") and torch.is_grad_enabled():
+            return [
+                f"the guide enumerates {list(structure.enumerated_in_guide)}, and the {self.gradient!r} gradient is "
+                "not derived for that: use gradient='pathwise'"
+            ]
+        in_groups = [name for name in structure.drawn if sites[name].drawn_in_groups and not sites[name].has_rsample]
+        if in_groups and torch.is_grad_enabled():
+            return [
+                f"site(s) {in_groups} draw num_samples values of a discrete variable, for which no gradient is "
+                "derived: remove num_samples to enumerate all values"
+            ]
         if not pathwise_at or self.gradient in ("score", "vimco") or not torch.is_grad_enabled():
             return []  # a value needs no reparameterisation
         working = [name for name in self.gradients if name in ("score", "vimco")]
@@ -235,10 +299,12 @@ class Bound(Objective):
         ]
 
     def treatment(self, name: str, structure: Structure, dependencies: Any) -> Treatment:
-        """How this bound handles a site, for :func:`pyro_hvae.explain`."""
+        """Return how this bound handles a site, for :func:`pyro_hvae.explain`."""
         site = structure.sites[name]
         if site.role == "enumerated":
             return Treatment("summed out", 'marked infer={"enumerate": "parallel"}', "exact")
+        if site.enumerated_in_guide:
+            return Treatment("enumerated", "marked in the guide: an exact expectation over its values", "exact")
         if site.role == "observed":
             return Treatment("Monte Carlo", "log-likelihood at the guide's draws", "pathwise")
         gradient = self.gradient
@@ -246,46 +312,18 @@ class Bound(Objective):
             gradient = "pathwise"
         return Treatment("Monte Carlo", "log p - log q at the guide's draws", gradient)
 
-    def read(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], **options: Any) -> Reading:
+    def draw(self, problem: Problem, num_particles: int | None = None, once: frozenset[str] = frozenset()) -> Run:
         """Run the pair, or refuse it.
 
         Raises:
             ValueError: with the first of :meth:`refusals`.
         """
-        reading = read(model, guide, args, kwargs, num_particles=self.num_draws, **options)
-        if torch.is_grad_enabled() or reading.structure.subsampled:
-            self.check(reading.structure)
-        return reading
+        run = problem.run(self.num_draws if num_particles is None else num_particles, once=once)
+        if torch.is_grad_enabled() or run.structure.subsampled:
+            self.check(run.structure)
+        return run
 
     def check(self, structure: Structure) -> None:
+        """Raise the first of :meth:`refusals`, if there is one."""
         for refusal in self.refusals(structure):
             raise ValueError(refusal)
-
-
-class WeightBound(Bound):
-    """A bound that is a function of the log-weights alone."""
-
-    @abc.abstractmethod
-    def reduce(self, log_weights: Tensor) -> Tensor:
-        """Particles, on dimension 0, to the estimate."""
-
-    num_repeats: int = 1
-
-    def estimate(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Estimate, Reading]:
-        reading = self.read(model, guide, args, kwargs)
-        value = averaged(reading.log_weights, self.reduce, self.num_repeats)
-        surrogate = value
-        if torch.is_grad_enabled() and self.gradient != "pathwise":
-            if self.gradient in ("stl", "dreg"):
-                self._check_holdable(model, guide, reading)
-            surrogate = GRADIENTS[self.gradient](reading, self.reduce, self.num_repeats)
-        return Estimate(value, surrogate, reading.scale), reading
-
-    def _check_holdable(self, model: Program, guide: Program, reading: Reading) -> None:
-        checked = known(model, guide).checked_routes
-        key = ("holdable", reading.structure.signature)
-        if key not in checked:
-            check_holdable(reading, self.gradient)
-            checked.add(key)

@@ -1,5 +1,4 @@
-"""What :class:`~pyro_hvae.bounds.DiffusionELBO` asks of a pair and of its arguments: programs whose layers can be
-looked at one by one."""
+"""Requirements of :class:`~pyro_hvae.bounds.DiffusionELBO` on a pair and its arguments: access to single layers."""
 
 from __future__ import annotations
 
@@ -10,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_hvae.bounds.base import Program
-from pyro_hvae.traces.validation import check_observation
+from pyro_hvae.problem.checks import check_observation
 
-__all__ = ["Reversible", "ReversibleModel", "check_capable", "check_data", "data_of"]
+__all__ = ["Reversible", "ReversibleModel", "check_capable", "check_data", "check_same_process", "data_of"]
 
 
 class Reversible(Protocol):
-    """A guide whose marginals and reversed steps are known: q(z_t|x) and q(z_s|z_t, x) at times 0 <= s < t <= 1.
+    """A guide with closed-form marginals q(z_t|x) and reversed steps q(z_s|z_t, x) at times 0 <= s < t <= 1.
 
-    ``num_layers`` layers stand at ``schedule``-like times of :meth:`times`; None is continuous time.  Calling it with
-    ``visit=f`` returns ``f(self)`` from inside of the module's call, where its parameters register.
+    ``num_layers`` is the number of layers; None is continuous time.  Calling it with ``visit=f`` returns ``f(self)``
+    from inside of the module's call, where its parameters register.
     """
 
     num_layers: int | None
@@ -31,8 +29,11 @@ class Reversible(Protocol):
 
 
 class ReversibleModel(Protocol):
-    """The model of such a chain.  A method ``matching(s, t, z_t, noise, context)``, if there is one, gives the layers'
-    divergences in a closed form that loses no digits (and, for ``s=None``, their rate in continuous time)."""
+    """The model of such a chain.
+
+    Its optional method ``matching(s, t, z_t, noise, context)`` gives the layers' divergences in a numerically stable
+    closed form (and, for ``s=None``, their rate in continuous time).
+    """
 
     def __call__(self, *args: Any, visit: Callable[[Any], Any]) -> Any: ...
     def prior(self, like: Tensor) -> Distribution: ...
@@ -40,8 +41,8 @@ class ReversibleModel(Protocol):
     def likelihood(self, z_1: Tensor, context: Any = None) -> Distribution: ...
 
 
-def check_capable(model: Program, guide: Program) -> None:
-    """Refuse programs without what the bound asks for.
+def check_capable(model: Any, guide: Any) -> None:
+    """Refuse programs without the methods that the bound calls.
 
     Raises:
         TypeError: naming what is missing, and the bounds that read any pair.
@@ -53,14 +54,57 @@ def check_capable(model: Program, guide: Program) -> None:
         missing = [name for name in needed if not hasattr(program, name)]
         if missing:
             raise TypeError(
-                f"DiffusionELBO needs a chain whose marginals are known, and the {which} "
+                f"DiffusionELBO needs a chain with closed-form marginals, and the {which} "
                 f"{type(program).__name__} has no {', '.join(missing)}: use LayerwiseELBO or TraceELBO, which "
                 "read any pair"
             )
 
 
+def check_same_process(p: Any, q: Any) -> None:
+    """Refuse a model and a guide of different diffusions: other noise schedules, or other numbers of layers.
+
+    Two schedule objects are compared at five times, which synchronises with their device; one shared object is not
+    compared. A program without ``schedule`` or ``num_layers`` is not checked for it.
+
+    Args:
+        p: the model, as ``visit`` gets it.
+        q: the guide, as ``visit`` gets it.
+
+    Raises:
+        ValueError: naming both sides and what to write.
+    """
+    layers = [getattr(program, "num_layers", q.num_layers) for program in (p, q)]
+    if layers[0] != layers[1]:
+        raise ValueError(
+            f"the model has num_layers={layers[0]} and the guide num_layers={layers[1]}; DiffusionELBO needs one "
+            "process for both. Build both with vdm(..., num_layers=...), or write "
+            "Diffusion(model.schedule, model.num_layers)"
+        )
+    schedules = [getattr(program, "schedule", None) for program in (p, q)]
+    if schedules[0] is schedules[1] or None in schedules:
+        return
+    with torch.no_grad():
+        model_gamma, guide_gamma = (_gammas(schedule) for schedule in schedules)
+    if not torch.allclose(model_gamma, guide_gamma, rtol=1e-4, atol=1e-4):
+        raise ValueError(
+            f"the model's schedule ({schedules[0]!r}) has gamma {_listed(model_gamma)} at t = 0, 1/4, ..., 1, and the "
+            f"guide's ({schedules[1]!r}) {_listed(guide_gamma)}; DiffusionELBO needs one process for both. Build both "
+            "with vdm(..., schedule=...), or write Diffusion(model.schedule, model.num_layers)"
+        )
+
+
+def _gammas(schedule: Any) -> Tensor:
+    """Return gamma at five times from 0 to 1, on the CPU in float64."""
+    like = next((t for t in (*schedule.parameters(), *schedule.buffers()) if t.is_floating_point()), torch.empty(()))
+    return schedule(torch.linspace(0.0, 1.0, 5, dtype=like.dtype, device=like.device)).double().cpu()
+
+
+def _listed(gamma: Tensor) -> str:
+    return "[" + ", ".join(f"{value:.4g}" for value in gamma.tolist()) + "]"
+
+
 def check_data(p: Any, x: Tensor, context: Any, mask: Tensor | None) -> None:
-    """What is wrong with data on which a visit failed, if it is the data.
+    """Check the data after a visit failed.
 
     Raises:
         ValueError: for data of another shape than the chain's, with NaN, or outside of the likelihood's support.
@@ -78,13 +122,12 @@ def check_data(p: Any, x: Tensor, context: Any, mask: Tensor | None) -> None:
 
 
 def data_of(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor | None, int | None]:
-    """x, context, mask and data_size of a call.
+    """Return x, context, mask and data_size of a call.
 
     Raises:
         TypeError: for other arguments, or data that are no tensor.
     """
-    known = {"x", "context", "mask", "data_size"}
-    unknown = sorted(set(kwargs) - known)
+    unknown = sorted(set(kwargs) - {"x", "context", "mask", "data_size"})
     if unknown or len(args) > 1:
         raise TypeError(
             f"a diffusion is called with (x, *, context, mask, data_size); got {len(args)} positional, {unknown}"

@@ -1,19 +1,18 @@
-r"""The evidence bound of a diffusion, at a cost that does not grow with the number of layers.
+r"""The evidence bound of a diffusion, at a cost independent of the number of layers.
 
 .. math:: \log p(x) \ge \underbrace{\mathrm E\log p(x|z_1)}_{\text{reconstruction}}
           - \underbrace{\mathrm{KL}(q(z_T|x)\|p(z_T))}_{\text{prior matching}}
           - \underbrace{\sum_{t=2}^{T}\mathrm E\,\mathrm{KL}(q(z_{t-1}|z_t,x)\|p(z_{t-1}|z_t))}_{
           \text{denoising matching}}
 
-It has the expectation of :class:`TraceELBO` on the same programs, since the chain of q is reversed exactly before its
-layers are compared.  The sum over layers is estimated from a few of them; in continuous time it is an integral.
+Its expectation is that of :class:`TraceELBO` on the same programs, since the reversal of q is exact.  The sum over
+layers is estimated from a few of them; in continuous time it is an integral.
 
 Reference: Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,10 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_hvae.bounds.base import Bound, Estimate, Program
-from pyro_hvae.bounds.capability import check_capable, check_data, data_of
+from pyro_hvae.bounds.base import Bound, Estimate, Evaluation
+from pyro_hvae.bounds.capability import check_capable, check_data, check_same_process, data_of
+from pyro_hvae.problem import Problem
+from pyro_hvae.problem.isolation import RUNNING, evaluation_mode
 
 __all__ = ["DiffusionELBO", "SimpleDiffusionLoss"]
 
@@ -35,7 +36,7 @@ _BINS = 64
 
 @dataclass(frozen=True)
 class _Visited:
-    """The parameter statements that a visit ran, in the place of a reading."""
+    """Traces with the parameter statements of a visit; they stand for a run."""
 
     model_trace: Trace
     guide_trace: Trace
@@ -45,9 +46,9 @@ class DiffusionELBO(Bound):
     r"""Evidence lower bound of a diffusion, from a few of its layers.
 
     Args:
-        num_layers_sampled: how many layers (or times) a datum; more lower the variance.
+        num_layers_sampled: number of layers (or times) per datum; more give a lower variance.
         sampling: ``"antithetic"`` spreads the layers evenly over the data of a batch; ``"uniform"`` draws them
-            independently; ``"importance"`` draws those oftener whose terms have been large, at the inverse weight;
+            independently; ``"importance"`` draws layers with large terms more often, with inverse weights;
             ``"exact"`` sums over all layers.
 
     Raises:
@@ -75,37 +76,45 @@ class DiffusionELBO(Bound):
             raise ValueError(f"unknown sampling {sampling!r}; there are {', '.join(SAMPLING)}")
         self.num_layers_sampled = num_layers_sampled
         self.sampling = sampling
-        self._magnitudes: Tensor | None = None
+        if sampling == "importance":
+            self.register_buffer("magnitudes", torch.ones(_BINS))
+
+    magnitudes: Tensor
+    """Mean squares of the terms by bin of times; importance sampling draws times from them."""
 
     def _arguments(self) -> dict[str, Any]:
         return {"num_layers_sampled": self.num_layers_sampled, "sampling": self.sampling}
 
-    def estimate(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Estimate, Any]:
-        terms, visited, scale = self._visit(model, guide, args, kwargs)
-        value = terms["reconstruction"] - terms["prior_matching"] - terms["denoising_matching"]
-        return Estimate(value, value, scale), visited
+    def restart(self) -> None:
+        """Reset the distribution of times of importance sampling."""
+        if self.sampling == "importance":
+            self.magnitudes.fill_(1.0)
 
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """``reconstruction``, ``prior_matching`` and ``denoising_matching`` in nats (N,); the bound is the first less
-        the others."""
-        with torch.no_grad():
-            return self._visit(model, guide, args, kwargs)[0]
+    def estimate(self, problem: Problem) -> Estimate:
+        terms, visited, scale = self._visit(problem)
+        value = _bound(terms)
+        return Estimate(value, value, scale, run=visited)
+
+    def evaluate(self, problem: Problem) -> Evaluation:
+        """Return ``reconstruction``, ``prior_matching``, ``denoising_matching`` in nats (N,), and the bound."""
+        terms, _, scale = self._visit(problem)
+        return Evaluation(_bound(terms), terms, scale=scale)
 
     def per_layer(
-        self, model: Program, guide: Program, x: Tensor, *, num_layers: int = 50, context: Any = None
+        self, model: Any, guide: Any, x: Tensor, *, num_layers: int = 50, context: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """The denoising-matching term of single layers, spread evenly over the chain.
+        """Return the denoising-matching term of single layers, evenly spaced along the chain.
 
         Args:
             x: data (N, *event_shape).
-            num_layers: how many layers are looked at, at most those there are.
+            num_layers: number of layers, at most those of the chain.
 
         Returns:
             Times t of the layers' upper ends, (L,), and their terms, (L, N): nats, or in continuous time nats per unit
             of t.
         """
         check_capable(model, guide)
-        found: list[Tensor] = []
+        terms: list[Tensor] = []
         total = getattr(guide, "num_layers", None)
         if total == 1:
             raise ValueError("a diffusion of one layer has no denoising-matching term")
@@ -116,43 +125,49 @@ class DiffusionELBO(Bound):
 
         def inside_guide(q: Any) -> None:
             def inside_model(p: Any) -> None:
+                check_same_process(p, q)
                 for t in upper:
                     times = t.expand(x.shape[0])
                     lower = None if total is None else times - 1.0 / (total - 1)
-                    found.append(_layer(p, q, lower, times, x, context))
+                    terms.append(_layer(p, q, lower, times, x, context))
 
             model(visit=inside_model)
 
-        with torch.no_grad():
+        with torch.no_grad(), RUNNING, evaluation_mode(model, guide):
             guide(x, visit=inside_guide)
-        return upper, torch.stack(found)
+        return upper, torch.stack(terms)
 
-    def _visit(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[dict[str, Tensor], _Visited, float]:
+    def _visit(self, problem: Problem) -> tuple[dict[str, Tensor], _Visited, float]:
+        model, guide = problem.model, problem.guide
         check_capable(model, guide)
-        x, context, mask, data_size = data_of(args, kwargs)
-        found: dict[str, Tensor] = {}
+        x, context, mask, data_size = data_of(problem.args, problem.kwargs)
+        learning = problem.training and torch.is_grad_enabled()
+        terms: dict[str, Tensor] = {}
         chains: list[Any] = []
         inner: list[Trace] = []
 
         def inside_guide(q: Any) -> None:
             def inside_model(p: Any) -> None:
+                check_same_process(p, q)
                 chains.append(p)
-                found.update(self._layers(p, q, x, context, mask))
+                terms.update(self._layers(p, q, x, context, mask, learning))
 
             inner.append(poutine.trace(model).get_trace(visit=inside_model))
 
+        mode = nullcontext() if problem.training else evaluation_mode(model, guide)
         try:
-            guide_trace = poutine.trace(guide).get_trace(x, visit=inside_guide)
+            with RUNNING, mode:
+                guide_trace = poutine.trace(guide).get_trace(x, visit=inside_guide)
         except (ValueError, RuntimeError):
             for chain in chains:
                 check_data(chain, x, context, mask)
             raise
         scale = 1.0 if data_size is None else data_size / x.shape[0]
-        return found, _Visited(inner[0], guide_trace), scale
+        return terms, _Visited(inner[0], guide_trace), scale
 
-    def _layers(self, p: Any, q: Any, x: Tensor, context: Any, mask: Tensor | None) -> dict[str, Tensor]:
+    def _layers(
+        self, p: Any, q: Any, x: Tensor, context: Any, mask: Tensor | None, learning: bool
+    ) -> dict[str, Tensor]:
         data = x if mask is None else torch.where(_broadcast(mask, x), x, torch.zeros_like(x))
         one = x.new_ones(())
         last = q.marginal(one, data)
@@ -173,7 +188,7 @@ class DiffusionELBO(Bound):
         elif self.sampling == "exact":
             terms["denoising_matching"] = self._all(p, q, data, context)
         else:
-            terms["denoising_matching"] = self._sampled(p, q, data, context)
+            terms["denoising_matching"] = self._sampled(p, q, data, context, learning)
         return terms
 
     def _all(self, p: Any, q: Any, x: Tensor, context: Any) -> Tensor:
@@ -186,7 +201,7 @@ class DiffusionELBO(Bound):
             total = total + _layer(p, q, times - width, times, x, context)
         return total
 
-    def _sampled(self, p: Any, q: Any, x: Tensor, context: Any) -> Tensor:
+    def _sampled(self, p: Any, q: Any, x: Tensor, context: Any, learning: bool) -> Tensor:
         shape = (self.num_layers_sampled, x.shape[0])
         uniform = self._positions(shape, x)
         density = torch.ones_like(uniform)
@@ -198,15 +213,15 @@ class DiffusionELBO(Bound):
         else:
             count = q.num_layers - 1
             index = (uniform * count).floor().clamp(max=count - 1)
-            if self.sampling == "importance":  # the share of the layer's interval, not of a point in it
+            if self.sampling == "importance":  # the probability of the layer's interval, not the density at a point
                 density = self._mass(index / count, (index + 1) / count) * count
             term = count * _layer(p, q, index / count, (index + 1) / count, repeated, context)
-        if self.sampling == "importance":
-            self._remember(uniform.detach(), term.detach())
+        if self.sampling == "importance" and learning:
+            self._update_magnitudes(uniform.detach(), term.detach())
         return (term / density).mean(0)
 
     def _positions(self, shape: tuple[int, int], x: Tensor) -> Tensor:
-        """Points of [0, 1), each uniform; antithetic ones share one offset and cover the interval evenly."""
+        """Draw uniform points of [0, 1); antithetic ones share one offset and cover the interval evenly."""
         if self.sampling == "uniform":
             return torch.rand(shape, dtype=x.dtype, device=x.device)
         count = shape[0] * shape[1]
@@ -214,11 +229,8 @@ class DiffusionELBO(Bound):
         return ((order + torch.rand((), dtype=x.dtype, device=x.device)) / count).reshape(shape) % 1.0
 
     def _weights(self, like: Tensor) -> Tensor:
-        """Probability of each bin of times: in proportion to the root mean square of its terms, never below a fifth of
-        uniform."""
-        if self._magnitudes is None:
-            self._magnitudes = torch.ones(_BINS, dtype=like.dtype, device=like.device)
-        root = self._magnitudes.to(like).sqrt()
+        """Return the probability of each bin of times: 0.8 proportional to the terms' root mean square, 0.2 uniform."""
+        root = self.magnitudes.to(like).sqrt()
         return 0.8 * root / root.sum() + 0.2 / _BINS
 
     def _stretched(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +242,7 @@ class DiffusionELBO(Bound):
         return ((index + share) / _BINS).clamp(max=1.0 - 1e-6), weights[index] * _BINS / weights.sum()
 
     def _mass(self, start: Tensor, stop: Tensor) -> Tensor:
-        """Probability of an interval of times."""
+        """Return the probability of an interval of times."""
         weights = self._weights(start)
         edges = torch.cat([weights.new_zeros(1), weights.cumsum(0)]) / weights.sum()
 
@@ -241,21 +253,25 @@ class DiffusionELBO(Bound):
 
         return below(stop) - below(start)
 
-    def _remember(self, times: Tensor, terms: Tensor) -> None:
-        assert self._magnitudes is not None
+    def _update_magnitudes(self, times: Tensor, terms: Tensor) -> None:
+        """Update the mean squares of the terms by bin."""
         index = (times.reshape(-1) * _BINS).long().clamp(max=_BINS - 1)
-        square = terms.reshape(-1) ** 2
-        total = torch.zeros_like(self._magnitudes).index_add(0, index, square)
-        count = torch.zeros_like(self._magnitudes).index_add(0, index, torch.ones_like(square))
-        fresh = total / count.clamp(min=1.0)
-        self._magnitudes = torch.where(count > 0, 0.95 * self._magnitudes + 0.05 * fresh, self._magnitudes)
+        square = (terms.reshape(-1) ** 2).to(self.magnitudes)
+        summed = torch.zeros_like(self.magnitudes).index_add(0, index, square)
+        count = torch.zeros_like(self.magnitudes).index_add(0, index, torch.ones_like(square))
+        fresh = summed / count.clamp(min=1.0)
+        self.magnitudes.copy_(torch.where(count > 0, 0.95 * self.magnitudes + 0.05 * fresh, self.magnitudes))
+
+
+def _bound(terms: dict[str, Tensor]) -> Tensor:
+    return terms["reconstruction"] - terms["prior_matching"] - terms["denoising_matching"]
 
 
 class SimpleDiffusionLoss(DiffusionELBO):
     r"""A noise-prediction loss :math:`\mathrm E_t\,w(t)\|\epsilon-\hat\epsilon\|^2`: a surrogate, no bound.
 
-    It takes the place of the denoising matching, and its value is no estimate of log p(x); ``per_datum`` and ``terms``
-    are those of the bound itself.
+    It replaces the denoising matching, and its value is no estimate of log p(x); ``per_datum`` and ``terms`` are those
+    of the bound.
 
     Args:
         weighting: ``"simple"`` (w = 1), ``"min-snr"`` (min(SNR, 5)/SNR) or ``"p2"`` (1/(1 + SNR)).
@@ -277,7 +293,7 @@ class SimpleDiffusionLoss(DiffusionELBO):
         self.weighting = weighting
         self.bound = DiffusionELBO(num_layers_sampled, sampling)
 
-    def _sampled(self, p: Any, q: Any, x: Tensor, context: Any) -> Tensor:
+    def _sampled(self, p: Any, q: Any, x: Tensor, context: Any, learning: bool) -> Tensor:
         times = self._positions((self.num_layers_sampled, x.shape[0]), x)
         if q.num_layers is not None:
             times = (times * q.num_layers).floor() / max(q.num_layers - 1, 1)
@@ -295,25 +311,21 @@ class SimpleDiffusionLoss(DiffusionELBO):
             square = square / (1 + snr)
         return square.mean(0)
 
-    def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The bound for each datum, in nats."""
-        return self.bound.per_datum(model, guide, *args, **kwargs)
-
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The terms of the bound, in nats."""
-        return self.bound.terms(model, guide, *args, **kwargs)
+    def evaluate(self, problem: Problem) -> Evaluation:
+        """Return value and terms of the bound."""
+        return self.bound.evaluate(problem)
 
 
 def _rate(p: Any, q: Any, t: Tensor, x: Tensor, context: Any) -> Tensor:
-    """The rate of the divergence at t; a learned schedule's inside gets the gradient of the variance."""
-    with p.schedule.variance_gradient() if hasattr(p, "schedule") else nullcontext(lambda terms: None) as tell:
+    """Return the rate of the divergence at t; a learned schedule gets the gradient of the variance."""
+    with p.schedule.variance_gradient() if hasattr(p, "schedule") else nullcontext(lambda terms: None) as record:
         terms = _layer(p, q, None, t, x, context)
-        tell(terms)
+        record(terms)
     return terms
 
 
 def _layer(p: Any, q: Any, s: Tensor | None, t: Tensor, x: Tensor, context: Any) -> Tensor:
-    """The divergence of the layer from t to s, or its rate at t; shape of t."""
+    """Return the divergence of the layer from t to s, or its rate at t; shape of t."""
     marginal = q.marginal(t, x)
     z_t = marginal.rsample()
     if hasattr(p, "matching"):

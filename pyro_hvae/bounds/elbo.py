@@ -3,7 +3,7 @@ r"""The evidence lower bound, whole and layer by layer.
 .. math:: \log p(x) \ge \mathrm E_{q(z|x)}\bigl[\log p(x, z) - \log q(z|x)\bigr]
 
 with equality where the guide is the posterior (Auto-Encoding Variational Bayes, Kingma and Welling, 2014).
-Along a chain it splits into the reconstruction :math:`\mathrm E_q\log p(x|z_1)` less one term a layer.
+Along a chain it is the reconstruction :math:`\mathrm E_q\log p(x|z_1)` less one term per layer.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
-from pyro_hvae.bounds.base import Bound, Estimate, Program, Treatment, WeightBound
-from pyro_hvae.traces import Reading, Structure
-from pyro_hvae.traces.dependencies import Dependencies, dependencies
-from pyro_hvae.traces.running import known
+from pyro_hvae.bounds.base import Bound, Estimate, Evaluation, Treatment
+from pyro_hvae.bounds.divergences import divergence
+from pyro_hvae.bounds.gradients import means_of_others
+from pyro_hvae.bounds.weighted import WeightBound
+from pyro_hvae.problem import Problem, Run, Structure
+from pyro_hvae.problem.dependencies import Dependencies
 
 __all__ = ["LayerwiseELBO", "TraceELBO", "layer_terms"]
 
 
-def layer_terms(reading: Reading, kl: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Reconstruction and one term a layer, each ``(K or 1, *plates)``; the bound is the first less the others.
+def layer_terms(run: Run, kl: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the reconstruction and one term per layer, ``(K or 1, *plates)``; the bound is their difference.
 
     Args:
-        kl: layers for which a true KL divergence stands ready; the others get ``rate_<site>``.
+        kl: KL divergences by layer; layers without one get ``rate_<site>``.
     """
     kl = {} if kl is None else kl
-    log_p, log_q = reading.log_p, reading.log_q
-    drawn = reading.structure.drawn
+    log_p, log_q = run.log_p, run.log_q
+    drawn = run.structure.drawn
     observed = [term for name, term in log_p.items() if name not in drawn]
     observed += [-term for name, term in log_q.items() if name not in drawn]  # a guide's own factors
     terms = {}
@@ -60,15 +60,9 @@ class TraceELBO(WeightBound):
         Auto-Encoding Variational Bayes (Kingma and Welling, 2014).
 
     Example:
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def posterior(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-        >>> TraceELBO().per_datum(model, posterior, torch.tensor([0.0, 2.0]))
+        >>> import torch
+        >>> from pyro_hvae.conjugate import guide, model
+        >>> TraceELBO().per_datum(model, guide(), torch.tensor([0.0, 2.0]))
         tensor([-1.2655, -2.2655])
     """
 
@@ -77,15 +71,23 @@ class TraceELBO(WeightBound):
     def reduce(self, log_weights: Tensor) -> Tensor:
         return log_weights.mean(0)
 
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """``reconstruction`` and ``rate_<site>`` for each draw, shape of the plates."""
-        with torch.no_grad():
-            reading = self.read(model, guide, args, kwargs)
-            return _means(layer_terms(reading), reading)
+    def weights_of(self, run: Run) -> Tensor:
+        return run.log_ratios
+
+    def leave_one_out(self, log_weights: Tensor) -> Tensor:
+        count = len(log_weights)
+        if count == 1:
+            return log_weights
+        return (log_weights - means_of_others(log_weights)) / count
+
+    def evaluate(self, problem: Problem) -> Evaluation:
+        """Return the bound, ``reconstruction`` and ``rate_<site>``; nats, shape of the plates."""
+        run = self.draw(problem)
+        return Evaluation(self.reduce(run.log_ratios), _means(layer_terms(run), run), run.structure, run.scale)
 
 
 class LayerwiseELBO(Bound):
-    r"""Evidence lower bound, layer by layer, with a closed-form divergence wherever that is valid.
+    r"""Evidence lower bound, layer by layer, with a closed-form divergence where that is valid.
 
     .. math:: \mathrm E_q \log p(x|z_1) - \sum_t \mathrm E_q\bigl[\log q(z_t|\cdot)-\log p(z_t|\mathrm{pa}(z_t))\bigr]
 
@@ -102,48 +104,44 @@ class LayerwiseELBO(Bound):
         ValueError: for ``num_particles < 1`` or draws that can't be reparameterised.
 
     Example:
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
-        >>> LayerwiseELBO().terms(model, guide, torch.tensor([0.0, 2.0]))["kl_z"]
+        >>> import torch
+        >>> from pyro_hvae.conjugate import guide, model
+        >>> LayerwiseELBO().terms(model, guide(scale=1.0), torch.tensor([0.0, 2.0]))["kl_z"]
         tensor([0.0000, 0.5000])
     """
 
-    def estimate(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Estimate, Reading]:
-        reading = self.read(model, guide, args, kwargs)
-        terms = layer_terms(reading, self.divergences(model, guide, args, kwargs, reading))
-        total = None
-        for name, term in terms.items():
-            signed = term if name == "reconstruction" else -term
-            total = signed if total is None else total + signed
-        assert total is not None
-        value = _mean(total, reading)
-        return Estimate(value, value, reading.scale), reading
+    def estimate(self, problem: Problem) -> Estimate:
+        run, value, _ = self._layers(problem)
+        return Estimate(value, value, run.scale, run=run)
 
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """``reconstruction``, and ``kl_<site>`` or ``rate_<site>`` for each draw; nats, shape of the plates."""
-        with torch.no_grad():
-            reading = self.read(model, guide, args, kwargs)
-            return _means(layer_terms(reading, self.divergences(model, guide, args, kwargs, reading)), reading)
+    def evaluate(self, problem: Problem) -> Evaluation:
+        """Return the bound, ``reconstruction``, and ``kl_<site>`` or ``rate_<site>``; nats, shape of the plates."""
+        run, value, terms = self._layers(problem)
+        return Evaluation(value, _means(terms, run), run.structure, run.scale)
+
+    def _layers(self, problem: Problem) -> tuple[Run, Tensor, dict[str, Tensor]]:
+        """Return a run, the bound and its terms."""
+        analytic = self.analytic(problem)
+        run = self.draw(problem)
+        if run.structure is not problem.structure:
+            analytic = self.analytic(problem)
+        terms = layer_terms(run, self.divergences(run, analytic))
+        summed: Any = 0.0
+        for name, term in terms.items():
+            summed = summed + term if name == "reconstruction" else summed - term
+        return run, _mean(summed, run), terms
 
     def treatment(self, name: str, structure: Structure, dependencies: Dependencies) -> Treatment:
         site = structure.sites[name]
         if site.role != "latent":
             return super().treatment(name, structure, dependencies)
-        if _sums_out(structure):
-            return Treatment("Monte Carlo", "the model sums a discrete site out, which may mix this one", "pathwise")
+        if structure.enumerated:
+            return Treatment("Monte Carlo", "the model sums a discrete site out, so this may be a mixture", "pathwise")
         broken = dependencies.broken_by(name)
         if broken:
             why = f"its model parent(s) {sorted(broken)} descend from it in the guide"
             if not dependencies.complete:
-                why = "the programs' dependencies could not be followed, so a later draw may be a parent"
+                why = "the programs' dependencies could not be analysed, so a later draw may be a parent"
             return Treatment("Monte Carlo", why + ": a KL would not be the bound's term", "pathwise")
         if site.guide_distribution == "Delta":
             return Treatment("Monte Carlo", "the guide's draw is a transformed auxiliary one", "pathwise")
@@ -153,62 +151,40 @@ class LayerwiseELBO(Bound):
             "pathwise",
         )
 
-    def divergences(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], reading: Reading
-    ) -> dict[str, Tensor]:
-        """KL divergences where they are valid and known in closed form."""
-        if _sums_out(reading.structure):  # p(z_t | its parents) is a mixture then, not what the trace shows
-            return {}
-        found = dependencies_of(model, guide, args, kwargs, reading.structure)
-        divergences = {}
-        for name in reading.structure.latent:
-            if name in found.broken or name not in reading.log_p:
-                continue
-            p, q = reading.model_trace.nodes[name], reading.guide_trace.nodes[name]
-            if not _same(p["scale"], q["scale"]) or not _same(p["mask"], q["mask"]):
-                continue
-            try:
-                divergence = kl_divergence(q["fn"], p["fn"])
-            except NotImplementedError:
-                continue
-            divergences[name] = reading.weigh(p, divergence)
-        return divergences
-
-
-class _Found:
-    """Dependencies of a pair, with the layers that they break worked out once."""
-
-    def __init__(self, dependencies: Dependencies, structure: Structure) -> None:
-        self.dependencies = dependencies
-        self.broken = frozenset(
+    def analytic(self, problem: Problem) -> frozenset[str]:
+        """Return the layers whose term may be a closed-form divergence."""
+        structure = problem.structure
+        if structure.enumerated:  # p(z_t | its parents) is a mixture then, not the distribution in the trace
+            return frozenset()
+        dependencies = problem.dependencies
+        return frozenset(
             name
             for name in structure.latent
-            if structure.sites[name].guide_distribution == "Delta" or dependencies.broken_by(name)
+            if structure.sites[name].guide_distribution != "Delta" and not dependencies.broken_by(name)
         )
 
-
-def dependencies_of(
-    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], structure: Structure
-) -> _Found:
-    """The dependencies of a pair, analysed once for each structure it shows."""
-    cache = known(model, guide).dependencies
-    if structure.signature not in cache:
-        cache[structure.signature] = _Found(dependencies(model, guide, args, kwargs, structure), structure)
-    return cache[structure.signature]
-
-
-def _sums_out(structure: Structure) -> bool:
-    return any(site.role == "enumerated" for site in structure.sites.values())
+    def divergences(self, run: Run, analytic: frozenset[str]) -> dict[str, Tensor]:
+        """Return the KL divergences of the layers ``analytic`` that have a closed form."""
+        divergences = {}
+        for name in run.structure.latent:
+            if name not in analytic or name not in run.log_p:
+                continue
+            p, q = run.model_trace.nodes[name], run.guide_trace.nodes[name]
+            if not _same(p["scale"], q["scale"]) or not _same(p["mask"], q["mask"]):
+                continue
+            value = divergence(q["fn"], p["fn"])
+            if value is not None:
+                divergences[name] = run.weigh(p, value)
+        return divergences
 
 
 def _same(first: Any, second: Any) -> bool:
     return first is second or (not isinstance(first, Tensor) and not isinstance(second, Tensor) and first == second)
 
 
-def _mean(term: Tensor, reading: Reading) -> Tensor:
-    shape = tuple(plate.size for plate in reading.plates)
-    return term.mean(0).expand(shape)
+def _mean(term: Tensor, run: Run) -> Tensor:
+    return term.mean(0).expand(run.shape[1:])
 
 
-def _means(terms: Mapping[str, Tensor], reading: Reading) -> dict[str, Tensor]:
-    return {name: _mean(term, reading) for name, term in terms.items()}
+def _means(terms: Mapping[str, Tensor], run: Run) -> dict[str, Tensor]:
+    return {name: _mean(term, run) for name, term in terms.items()}

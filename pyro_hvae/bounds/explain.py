@@ -1,4 +1,4 @@
-"""What a bound will do with a pair, before anything is trained."""
+"""Explain how a bound treats a pair, before training."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from pyro_hvae.bounds.base import Bound, Program
-from pyro_hvae.bounds.elbo import dependencies_of
-from pyro_hvae.traces import Structure, read
-from pyro_hvae.traces.dependencies import Dependencies
-from pyro_hvae.traces.parameters import param_sites
+from pyro_hvae.bounds.base import Bound
+from pyro_hvae.problem import Structure, problem_of
+from pyro_hvae.problem.dependencies import Dependencies
+from pyro_hvae.problem.parameters import param_sites
 
 __all__ = ["Explanation", "SiteRow", "explain"]
 
@@ -34,19 +33,31 @@ class SiteRow:
     why: str
     gradient: str
 
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of a table under the columns of ``_HEADER``."""
+        parents = f"{', '.join(self.parents_model) or '-'} | {', '.join(self.parents_guide) or '-'}"
+        front = (self.site, self.role, self.distributions, self.plates, self.scale)
+        return (*front, parents, self.treatment, self.gradient, self.why)
+
+
+_HEADER = (
+    *("site", "role", "model | guide", "plates", "scale"),
+    *("parents: model | guide", "treatment", "gradient", "why"),
+)
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was found about a pair, and what follows from it for a bound.
+    """Properties of a pair, and how a bound treats it.
 
     Attributes:
         bound: the bound's name and arguments.
         rows: one :class:`SiteRow` a site.
         data_plates: the plates that a datum indexes.
-        trained_by_svi, trained_by_module: names of the parameters that either route would move; None for the
+        trained_by_svi, trained_by_module: names of the parameters that either route would train; None for the
             module route where a program is no ``nn.Module``.
-        untrained_by_svi: parameters of the modules that SVI would leave as they are.
-        refusals: why the bound will refuse the pair; empty if it won't.
+        untrained_by_svi: parameters of the modules that SVI would not train.
+        refusals: the reasons why the bound refuses the pair; empty if it does not.
     """
 
     bound: str
@@ -58,34 +69,8 @@ class Explanation:
     refusals: tuple[str, ...]
 
     def __str__(self) -> str:
-        header = (
-            "site",
-            "role",
-            "model | guide",
-            "plates",
-            "scale",
-            "parents: model | guide",
-            "treatment",
-            "gradient",
-            "why",
-        )
-        lines = [header]
-        for row in self.rows:
-            parents = f"{', '.join(row.parents_model) or '-'} | {', '.join(row.parents_guide) or '-'}"
-            lines.append(
-                (
-                    row.site,
-                    row.role,
-                    row.distributions,
-                    row.plates,
-                    row.scale,
-                    parents,
-                    row.treatment,
-                    row.gradient,
-                    row.why,
-                )
-            )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        lines = [_HEADER, *(row.cells() for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
@@ -106,42 +91,36 @@ class Explanation:
         return "\n".join(text)
 
 
-def explain(bound: Bound, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Explanation:
-    """Say what ``bound`` will do with a pair: a row per site, what trains, and what it refuses.
+def explain(bound: Bound, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Explanation:
+    """Describe how ``bound`` treats a pair: a row per site, the trained parameters, the refusals.
 
     Args:
         bound: any :class:`~pyro_hvae.bounds.Bound`.
-        model, guide: Pyro programs, called with ``args`` and ``kwargs``.
+        model, guide: Pyro programs, called with ``args`` and ``kwargs``; or a bound problem.
 
     Returns:
         An :class:`Explanation`; printing it shows a table.
 
     Raises:
-        ValueError: where the two programs do not fit each other at all.
+        ValueError: where the two programs do not match.
 
     Example:
-        >>> import torch, pyro, pyro.distributions as dist, pyro_hvae as ph
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
-        >>> ph.explain(ph.LayerwiseELBO(), model, guide, torch.zeros(2)).rows[0].treatment
+        >>> import torch, pyro_hvae as ph
+        >>> from pyro_hvae.conjugate import guide, model
+        >>> ph.explain(ph.LayerwiseELBO(), model, guide(), torch.zeros(2)).rows[0].treatment
         'analytic'
     """
-    reading = read(model, guide, args, kwargs)
-    structure = reading.structure
-    found = dependencies_of(model, guide, args, kwargs, structure).dependencies
-    rows = tuple(_row(bound, name, structure, found) for name in structure.sites)
-    sites = param_sites(reading.guide_trace, reading.model_trace)
+    problem = problem_of(model, guide, args, kwargs)
+    model_trace, guide_trace = problem.look()
+    structure = problem.structure
+    rows = tuple(_row(bound, name, structure, problem.dependencies) for name in structure.sites)
+    sites = param_sites(guide_trace, model_trace)
     stored = {id(parameter) for parameter in sites.values()}
     owned: dict[str, Any] = {}
-    for which, program in (("model", model), ("guide", guide)):
+    for which, program in (("model", problem.model), ("guide", problem.guide)):
         if isinstance(program, nn.Module):
             owned |= {f"{which}.{name}": p for name, p in program.named_parameters() if p.requires_grad}
-    modules = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
+    modules = isinstance(problem.model, nn.Module) and isinstance(problem.guide, nn.Module)
     return Explanation(
         bound=repr(bound),
         rows=rows,
@@ -153,20 +132,20 @@ def explain(bound: Bound, model: Program, guide: Program, *args: Any, **kwargs: 
     )
 
 
-def _row(bound: Bound, name: str, structure: Structure, found: Dependencies) -> SiteRow:
+def _row(bound: Bound, name: str, structure: Structure, dependencies: Dependencies) -> SiteRow:
     site = structure.sites[name]
-    treatment = bound.treatment(name, structure, found)
+    treatment = bound.treatment(name, structure, dependencies)
     scale = " x ".join(f"{p.full_size}/{p.size}" for p in site.plates if p.subsampled) or "1"
     scale += " x user" * site.user_scaled + ", masked" * site.masked
-    unknown = () if found.complete else ("unknown",)
+    unknown = () if dependencies.complete else ("unknown",)
     return SiteRow(
         site=name,
         role=site.role,
         distributions=f"{site.model_distribution or '-'} | {site.guide_distribution or '-'}",
         plates=", ".join(plate.name for plate in site.plates) or "-",
         scale=scale,
-        parents_model=tuple(sorted(found.model.get(name, unknown))),
-        parents_guide=tuple(sorted(found.guide.get(name, unknown))) if name in structure.guide_order else (),
+        parents_model=tuple(sorted(dependencies.model.get(name, unknown))),
+        parents_guide=tuple(sorted(dependencies.guide.get(name, unknown))) if name in structure.guide_order else (),
         treatment=treatment.how,
         why=treatment.why,
         gradient=treatment.gradient,

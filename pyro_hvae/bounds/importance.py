@@ -10,113 +10,103 @@ VRBound            :math:`\frac1{1-\alpha}\log\frac1K\sum_k w_k^{1-\alpha}`     
 ThermodynamicBound :math:`\sum_j(\beta_{j+1}-\beta_j)\sum_k \tilde w_k^{(\beta_j)}\log w_k`     β = (0): ELBO
 ================== ============================================================================ ===============
 
-The logarithm of an average is per datum: the scale N/B of a minibatch stands outside of it.  A plate that is
-subsampled and does not enclose every site would put its scale inside, and the estimate would be no bound, even in
-expectation; it is refused, unless ``share_globals`` makes the weights local.
+The logarithm of an average is per datum: the scale N/B of a minibatch is outside of it.  The scale of a subsampled
+plate that does not enclose every site would enter the logarithm, and the estimate would be no bound, even in
+expectation.  Such a plate is refused, unless ``share_globals`` makes the weights local.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_hvae.bounds.base import Estimate, Program, Treatment, WeightBound
-from pyro_hvae.bounds.elbo import dependencies_of, layer_terms
-from pyro_hvae.bounds.gradients import averaged, fold
-from pyro_hvae.traces import Plate, Reading, Structure, read
+from pyro_hvae.bounds.base import Estimate, Evaluation, Treatment
+from pyro_hvae.bounds.elbo import layer_terms
+from pyro_hvae.bounds.gradients import averaged, fold, means_of_others, signal, without_each
+from pyro_hvae.bounds.weighted import WeightBound, softmax_of, weighted_mean
+from pyro_hvae.problem import Plate, Problem, Run, Structure
+from pyro_hvae.problem.structure import shared_plates
+from pyro_hvae.weights import chunks, effective_sample_size
 
 __all__ = ["IWELBO", "MultiSampleBound", "ThermodynamicBound", "VRBound", "log_spacing"]
 
 
 class MultiSampleBound(WeightBound):
-    """What the bounds of this module share: the refusals, evaluation in chunks, and the quality of the weights.
+    """Base class of multi-sample bounds: refusals, evaluation in chunks, and diagnostics of the weights.
 
     Args:
-        chunk_size: how many particles run at once where no gradient is asked for (``per_datum``, ``terms``,
-            ``loss``); memory grows with it, not with ``num_particles``.
+        chunk_size: number of particles that run at once without gradient (``per_datum``, ``terms``, ``loss``); memory
+            grows with it, not with ``num_particles``.
     """
 
     def __init__(self, num_particles: int, gradient: str = "pathwise", *, chunk_size: int = 256) -> None:
         super().__init__(num_particles, gradient)
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        chunks(1, chunk_size)  # refuses a size below 1
         self.chunk_size = chunk_size
 
     def refusals(self, structure: Structure) -> list[str]:
-        partial = [plate for plate in structure.subsampled if plate not in structure.common]
-        refused = super().refusals(structure)
-        for plate in partial:
+        refusals = super().refusals(structure)
+        for plate in structure.partial:
             outside = [name for name, site in structure.sites.items() if plate not in site.plates]
-            refused.append(
-                f"plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not enclose the "
-                f"site(s) {outside}: the scale {plate.scale:g} would enter the logarithm of {type(self).__name__}, "
-                "which then bounds nothing. Use a single-sample bound (TraceELBO, LayerwiseELBO), "
-                "IWELBO(..., share_globals=True) if there are latent sites inside of the plate, or the whole data set"
+            refusals.append(
+                f"the subsampled plate '{plate.name}' shows {plate.size} of {plate.full_size} indices and does not "
+                f"enclose the site(s) {outside}: the scale {plate.scale:g} would enter the logarithm of "
+                f"{type(self).__name__}, which then bounds nothing. Use a single-sample bound (TraceELBO, "
+                "LayerwiseELBO), IWELBO(..., share_globals=True) if there are latent sites inside of the plate, or "
+                "the whole data set"
             )
-        return refused
+        return refusals
 
-    def estimate(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Estimate, Reading]:
-        if torch.is_grad_enabled() or self.num_draws <= self.chunk_size:
-            return super().estimate(model, guide, args, kwargs)
-        weights, reading = self._weights(model, guide, args, kwargs)
-        value = averaged(weights, self.reduce, self.num_repeats)
-        return Estimate(value, value, reading.scale), reading
+    def draw(self, problem: Problem, num_particles: int | None = None, once: frozenset[str] = frozenset()) -> Run:
+        problem.require_density(type(self).__name__)
+        return super().draw(problem, num_particles, once)
 
-    def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.no_grad():
-            return averaged(self._weights(model, guide, args, kwargs)[0], self.reduce, self.num_repeats)
+    def runs(self, problem: Problem) -> Iterator[Run]:
+        """Yield checked runs of at most ``chunk_size`` particles."""
+        for count in chunks(self.num_draws, self.chunk_size):
+            run = self.draw(problem, count)
+            self.check(run.structure)
+            yield run
 
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The bound, and what tells how far to trust it; shape of the plates.
+    def estimate(self, problem: Problem) -> Estimate:
+        if torch.is_grad_enabled():
+            return super().estimate(problem)
+        weights = []
+        for run in self.runs(problem):
+            weights.append(self.weights_of(run))
+        value = averaged(torch.cat(weights), self.reduce, self.num_repeats)
+        return Estimate(value, value, run.scale, run=run)
+
+    def evaluate(self, problem: Problem) -> Evaluation:
+        """Return the bound and diagnostics of its weights; shape of the plates.
 
         Returns:
             ``bound`` (nats); ``reconstruction`` and ``rate_<site>``, whose difference is the ELBO of the same draws
             (nats); ``ess``, the effective sample size of the K weights (between 1 and K); and
             ``log_weight_variance`` (nats squared).
         """
-        with torch.no_grad():
-            weights: list[Tensor] = []
-            parts: dict[str, Tensor] = {}
-            count = 0
-            for chunk in self._chunks():
-                reading = read(model, guide, args, kwargs, num_particles=chunk)
-                self.check(reading.structure)
-                weights.append(reading.log_weights)
-                for name, term in layer_terms(reading).items():
-                    summed = term.expand_as(reading.log_weights).sum(0)
-                    parts[name] = parts[name] + summed if name in parts else summed
-                count += chunk
-            drawn = torch.cat(weights)
-            grouped = fold(drawn, self.num_repeats)
-            ess = torch.exp(2 * grouped.logsumexp(0) - (2 * grouped).logsumexp(0))
-            return {
-                "bound": averaged(drawn, self.reduce, self.num_repeats),
-                **{name: term / count for name, term in parts.items()},
-                "ess": ess if self.num_repeats == 1 else ess.mean(0),
-                "log_weight_variance": drawn.var(0) if count > 1 else torch.zeros_like(drawn[0]),
-            }
-
-    def _chunks(self) -> list[int]:
-        whole, rest = divmod(self.num_draws, self.chunk_size)
-        return [self.chunk_size] * whole + [rest] * (rest > 0)
-
-    def _weights(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Tensor, Reading]:
-        """All log-weights, and the reading of the last chunk."""
-        parts = []
-        for chunk in self._chunks():
-            reading = read(model, guide, args, kwargs, num_particles=chunk)
-            self.check(reading.structure)
-            parts.append(reading.log_weights)
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]), reading
+        weights: list[Tensor] = []
+        parts: dict[str, Tensor] = {}
+        for run in self.runs(problem):
+            weights.append(self.weights_of(run))
+            for name, term in layer_terms(run).items():
+                summed = term.expand(run.shape).sum(0)
+                parts[name] = parts[name] + summed if name in parts else summed
+        drawn = torch.cat(weights)
+        ess = effective_sample_size(fold(drawn, self.num_repeats))
+        value = averaged(drawn, self.reduce, self.num_repeats)
+        terms = {
+            "bound": value,
+            **{name: term / self.num_draws for name, term in parts.items()},
+            "ess": ess if self.num_repeats == 1 else ess.mean(0),
+            "log_weight_variance": drawn.var(0) if self.num_draws > 1 else torch.zeros_like(drawn[0]),
+        }
+        return Evaluation(value, terms, run.structure, run.scale)
 
 
 class IWELBO(MultiSampleBound):
@@ -132,7 +122,7 @@ class IWELBO(MultiSampleBound):
         share_globals: draw the latents outside of the data plate once and weigh only the local ones,
             :math:`\log p(g)-\log q(g) + \frac NB\sum_n\log\frac1K\sum_k w_{nk}(g)`: unbiased under minibatches, and
             valid where the local draws are independent given g.  ``per_datum`` then has the local part.
-        chunk_size: how many particles run at once where no gradient is asked for.
+        chunk_size: number of particles that run at once without gradient.
 
     Raises:
         ValueError: for counts below one, an unknown gradient, or a subsampled plate that does not enclose all sites.
@@ -142,16 +132,9 @@ class IWELBO(MultiSampleBound):
         Not Necessarily Better (Rainforth et al., 2018) for ``num_repeats``.
 
     Example:
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
+        >>> from pyro_hvae.conjugate import guide, model
         >>> _ = torch.manual_seed(0)
-        >>> IWELBO(num_particles=1000).per_datum(model, guide, torch.tensor([0.0, 2.0])).round(decimals=1)
+        >>> IWELBO(num_particles=1000).per_datum(model, guide(scale=1.0), torch.tensor([0.0, 2.0])).round(decimals=1)
         tensor([-1.3000, -2.3000])
     """
 
@@ -170,7 +153,7 @@ class IWELBO(MultiSampleBound):
         if num_repeats < 1:
             raise ValueError(f"num_repeats must be at least 1, got {num_repeats}")
         if share_globals and gradient != "pathwise":
-            raise ValueError(f"share_globals has the gradient 'pathwise' alone, got {gradient!r}")
+            raise ValueError(f"share_globals needs the gradient 'pathwise', got {gradient!r}")
         self.num_repeats = num_repeats
         self.share_globals = share_globals
 
@@ -179,13 +162,20 @@ class IWELBO(MultiSampleBound):
         return self.num_particles * self.num_repeats
 
     def _arguments(self) -> dict[str, Any]:
-        shown = super()._arguments()
+        arguments = super()._arguments()
         if self.num_repeats > 1:
-            shown["num_repeats"] = self.num_repeats
-        return shown | ({"share_globals": True} if self.share_globals else {})
+            arguments["num_repeats"] = self.num_repeats
+        return arguments | ({"share_globals": True} if self.share_globals else {})
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         return log_weights.logsumexp(0) - math.log(log_weights.shape[0])
+
+    def leave_one_out(self, log_weights: Tensor) -> Tensor:
+        count = len(log_weights)
+        if count == 1:
+            return log_weights
+        others = torch.logaddexp(without_each(log_weights), means_of_others(log_weights)) - math.log(count)
+        return signal(self.reduce(log_weights), others)
 
     def refusals(self, structure: Structure) -> list[str]:
         if not self.share_globals:
@@ -208,40 +198,42 @@ class IWELBO(MultiSampleBound):
             return Treatment(treatment.how, "drawn once, outside of the weights (share_globals)", treatment.gradient)
         return treatment
 
-    def estimate(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Estimate, Reading]:
-        if not self.share_globals:
-            return super().estimate(model, guide, args, kwargs)
-        reading = self.read(model, guide, args, kwargs, once=_globals)
-        self.check(reading.structure)
-        local = _data_plate(reading.structure)
-        assert local is not None
-        _check_local(model, guide, args, kwargs, reading.structure, local)
-        shared = reading.over(())
-        inside = reading.over(_local_plates(reading.structure, local))
-        total: Any = 0.0
-        for terms, sign in ((shared.log_p, 1.0), (shared.log_q, -1.0)):
-            for name in terms:
-                if local not in reading.structure.sites[name].plates:
-                    total = total + sign * terms[name].mean()
-        weights: Any = 0.0
-        for terms, sign in ((inside.log_p, 1.0), (inside.log_q, -1.0)):
-            for name in terms:
-                if local in reading.structure.sites[name].plates:
-                    weights = weights + sign * terms[name]
-        value = averaged(weights, self.reduce, self.num_repeats)
-        return Estimate(value, value, inside.scale, shared=total), inside
+    def estimate(self, problem: Problem) -> Estimate:
+        return self._shared(problem)[0] if self.share_globals else super().estimate(problem)
 
-    def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+    def evaluate(self, problem: Problem) -> Evaluation:
         if not self.share_globals:
-            return super().per_datum(model, guide, *args, **kwargs)
-        with torch.no_grad():
-            return self.estimate(model, guide, args, kwargs)[0].value
+            return super().evaluate(problem)
+        estimate, weights = self._shared(problem)
+        ess = effective_sample_size(fold(weights, self.num_repeats))
+        terms = {"bound": estimate.value, "ess": ess if self.num_repeats == 1 else ess.mean(0)}
+        return Evaluation(estimate.value, terms, estimate.run.structure, estimate.scale, estimate.shared)
+
+    def _shared(self, problem: Problem) -> tuple[Estimate, Tensor]:
+        """Return the estimate with the global draws outside of the weights, and the local log-weights."""
+        local = _data_plate(problem.structure)
+        if local is None:
+            self.check(problem.structure)
+        assert local is not None
+        _check_local(problem, local)
+        run = self.draw(problem, once=_globals(problem.structure))
+        self.check(run.structure)
+        sites = run.structure.sites
+        whole, inside = run.over(()), run.over(_local_plates(run.structure, local))
+        shared: Any = 0.0
+        weights: Any = 0.0
+        for sign, terms, local_terms in ((1, whole.log_p, inside.log_p), (-1, whole.log_q, inside.log_q)):
+            for name in terms:
+                if local in sites[name].plates:
+                    weights = weights + sign * local_terms[name]
+                else:
+                    shared = shared + sign * terms[name].mean()
+        value = averaged(weights, self.reduce, self.num_repeats)
+        return Estimate(value, value, inside.scale, shared=shared, run=run), weights
 
 
 def _data_plate(structure: Structure) -> Plate | None:
-    """The plate that makes latents local: the outermost of those around some latent sites and not around others."""
+    """Return the plate around the local latents: the outermost one around some latent sites and not around others."""
     counts: dict[Plate, int] = {}
     for name in structure.drawn:
         for plate in structure.sites[name].plates:
@@ -251,9 +243,7 @@ def _data_plate(structure: Structure) -> Plate | None:
 
 
 def _local_plates(structure: Structure, local: Plate) -> tuple[Plate, ...]:
-    stacks = [set(site.plates) for site in structure.sites.values() if local in site.plates]
-    common = set.intersection(*stacks)
-    return tuple(sorted((plate for plate in common if plate.dim is not None), key=lambda plate: plate.dim or 0))
+    return shared_plates(site.plates for site in structure.sites.values() if local in site.plates)
 
 
 def _globals(structure: Structure) -> frozenset[str]:
@@ -261,17 +251,15 @@ def _globals(structure: Structure) -> frozenset[str]:
     return frozenset(name for name, site in structure.sites.items() if local not in site.plates)
 
 
-def _check_local(
-    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], structure: Structure, local: Plate
-) -> None:
+def _check_local(problem: Problem, local: Plate) -> None:
     """Refuse a pair in which a site outside of the data plate depends on a draw inside of it."""
-    found = dependencies_of(model, guide, args, kwargs, structure).dependencies
+    structure, dependencies = problem.structure, problem.dependencies
     inner = {name for name in structure.drawn if local in structure.sites[name].plates}
-    for edges in (found.model, found.guide):
+    for edges in (dependencies.model, dependencies.guide):
         for name, parents in edges.items():
             if local not in structure.sites[name].plates and parents & inner:
                 raise ValueError(
-                    f"site '{name}' stands outside of plate '{local.name}' and depends on "
+                    f"site '{name}' is outside of plate '{local.name}' and depends on "
                     f"{sorted(parents & inner)} inside of it, so the data are not independent given the global draws: "
                     "share_globals=True is no bound here"
                 )
@@ -316,7 +304,12 @@ class VRBound(MultiSampleBound):
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         power = 1.0 - self.alpha
-        return ((power * log_weights).logsumexp(0) - math.log(log_weights.shape[0])) / power
+        if abs(power) > 0.01:
+            return ((power * log_weights).logsumexp(0) - math.log(log_weights.shape[0])) / power
+        # Close to alpha = 1 the logarithm of a mean near 1 would lose its digits.
+        top = log_weights.amax(0)
+        below = torch.where(log_weights == top, torch.zeros_like(log_weights), log_weights - top)
+        return top + torch.log1p(torch.expm1(power * below).mean(0)) / power
 
 
 class ThermodynamicBound(MultiSampleBound):
@@ -331,7 +324,7 @@ class ThermodynamicBound(MultiSampleBound):
 
     Args:
         num_particles: K >= 1.
-        betas: increasing, from 0, below 1 (a closing 1.0 may be given); or the number of equal steps.
+        betas: increasing, from 0, below 1 (a final 1.0 is dropped); or the number of equal steps.
             :func:`log_spacing` gives the spacing that the paper prefers.
         gradient: ``"pathwise"``, or ``"score"`` where a site has no reparameterised draws.
 
@@ -364,7 +357,8 @@ class ThermodynamicBound(MultiSampleBound):
         else:
             points = tuple(float(beta) for beta in betas)
             points = points[:-1] if points and points[-1] == 1.0 else points
-        if not points or points[0] != 0.0 or points[-1] >= 1.0 or any(b <= a for a, b in itertools.pairwise(points)):
+        increasing = all(a < b for a, b in itertools.pairwise(points))  # NaN does not increase
+        if not points or points[0] != 0.0 or not points[-1] < 1.0 or not increasing:
             raise ValueError(f"betas must start at 0, increase strictly and stay below 1, got {betas}")
         self.betas = points
 
@@ -372,14 +366,15 @@ class ThermodynamicBound(MultiSampleBound):
         return {"num_particles": self.num_particles, "betas": self.betas, "gradient": self.gradient}
 
     def reduce(self, log_weights: Tensor) -> Tensor:
-        total = log_weights.new_zeros(log_weights.shape[1:])
-        for beta, following in zip(self.betas, (*self.betas[1:], 1.0), strict=True):
-            total = total + (following - beta) * ((beta * log_weights).softmax(0) * log_weights).sum(0)
-        return total
+        ends = (*self.betas[1:], 1.0)
+        summed = ends[0] * log_weights.mean(0)
+        for beta, following in zip(self.betas[1:], ends[1:], strict=True):
+            summed = summed + (following - beta) * weighted_mean(softmax_of(beta * log_weights), log_weights)
+        return summed
 
 
 def log_spacing(num_betas: int, first: float = 0.025) -> tuple[float, ...]:
-    """Temperatures 0, ``first``, ... evenly spaced in log beta up to (and without) 1.
+    """Return temperatures 0, ``first``, ... evenly spaced in log beta, below 1.
 
     Args:
         num_betas: how many temperatures, at least 2.

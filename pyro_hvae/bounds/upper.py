@@ -5,9 +5,9 @@ With weights :math:`w = p(x, z)/q(z|x)`,
 .. math:: \mathrm{CUBO}_n = \tfrac1n\log\mathrm E_q[w^n] \ge \log p(x),
           \qquad \mathrm{EUBO} = \mathrm E_{p(z|x)}[\log w] \ge \log p(x).
 
-These inequalities hold for the *population* values.  What K draws give does not inherit them: the logarithm of an
-average is low in expectation, self-normalised weights lean towards the guide, and where a moment is infinite a
-calm figure says nothing.  Both are therefore estimates and no bounds (``is_bound`` is False); the exception is
+These inequalities hold for the *population* values, not for estimates from K draws: the logarithm of an average is
+biased downwards, self-normalised weights are biased towards the guide, and where a moment is infinite a stable
+estimate shows nothing.  Both are therefore estimates and no bounds (``is_bound`` is False); the exception is
 :meth:`EUBO.from_posterior` on exact posterior draws, whose expectation is the population value.
 """
 
@@ -20,19 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_hvae.bounds.base import Estimate, Objective, Program
+from pyro_hvae.bounds.base import Estimate, Evaluable, Evaluation
 from pyro_hvae.bounds.importance import IWELBO
-from pyro_hvae.traces import Reading, given, read
-from pyro_hvae.traces.parameters import frozen, param_sites
-from pyro_hvae.traces.running import isolated
+from pyro_hvae.bounds.weighted import softmax_of, weighted_mean
+from pyro_hvae.problem import Problem, Run, problem_of
+from pyro_hvae.problem.isolation import kept_buffers, kept_generators
+from pyro_hvae.problem.parameters import frozen, param_sites
+from pyro_hvae.weights import effective_sample_size
 
 __all__ = ["CUBO", "EUBO"]
 
 
-class _FromAbove(Objective):
-    """An estimate that a guide is trained to push down, while the model stands still."""
+class _FromAbove(Evaluable):
+    """An estimate from above: training lowers it in the guide's parameters alone."""
 
     trains = ("guide",)
+    from_above = True
 
     def __init__(self, num_particles: int, *, chunk_size: int = 256) -> None:
         super().__init__(num_particles)
@@ -42,22 +45,27 @@ class _FromAbove(Objective):
     def reduce(self, log_weights: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def estimate(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Estimate, Reading]:
+    def estimate(self, problem: Problem) -> Estimate:
         if not torch.is_grad_enabled():
-            weights, reading = self._weights._weights(model, guide, args, kwargs)
+            weights, run = self._drawn(problem)
             value = -self.reduce(weights)
-            return Estimate(value, value, reading.scale), reading
-        with frozen(self._of_model(model, guide, args, kwargs)):
-            reading = self._weights.read(model, guide, args, kwargs)
-            self._check_reparameterised(reading)
-            value = self.reduce(reading.log_weights)
-        return Estimate(-value, -value, reading.scale), reading
+            return Estimate(value, value, run.scale, run=run)
+        with frozen(self._of_model(problem)):
+            run = self._weights.draw(problem)
+            self._check_reparameterised(run)
+            value = self.reduce(run.log_weights)
+        return Estimate(-value, -value, run.scale, run=run)
 
-    def _check_reparameterised(self, reading: Reading) -> None:
-        sites = reading.structure.sites
-        fixed = [name for name in reading.structure.drawn if not sites[name].has_rsample]
+    def _drawn(self, problem: Problem) -> tuple[Tensor, Run]:
+        """Return all log-weights, and the run of the last chunk."""
+        parts = []
+        for run in self._weights.runs(problem):
+            parts.append(run.log_weights)
+        return torch.cat(parts), run
+
+    def _check_reparameterised(self, run: Run) -> None:
+        sites = run.structure.sites
+        fixed = [n for n in run.structure.drawn if not sites[n].has_rsample and not sites[n].enumerated_in_guide]
         if fixed:
             raise ValueError(
                 f"site(s) {fixed} have no reparameterised draws, and {type(self).__name__} has the pathwise gradient "
@@ -65,33 +73,29 @@ class _FromAbove(Objective):
                 '(TraceELBO(gradient="score"), IWELBO(gradient="vimco")); per_datum needs no gradient'
             )
 
-    def _of_model(self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Parameters of the model; a plain function has to be run once more to name its own."""
-        if isinstance(model, nn.Module):
-            return list(model.parameters())
-        with isolated(model, guide), torch.no_grad():
-            return list(param_sites(read(model, guide, args, kwargs).model_trace).values())
+    def _of_model(self, problem: Problem) -> list[Tensor]:
+        """Return the parameters of the model; a plain function is run once to list them."""
+        if isinstance(problem.model, nn.Module):
+            return list(problem.model.parameters())
+        with kept_generators(), kept_buffers(problem.model, problem.guide):
+            return list(param_sites(problem.run().model_trace).values())
 
-    def per_datum(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The estimate for each datum in nats, without gradient; shape of the plates common to all sites."""
-        with torch.no_grad():
-            return self.reduce(self._weights._weights(model, guide, args, kwargs)[0])
-
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The estimate (``estimate``, nats) and the quality of its weights, shape of the plates."""
-        with torch.no_grad():
-            weights = self._weights._weights(model, guide, args, kwargs)[0]
-            return {
-                "estimate": self.reduce(weights),
-                "ess": torch.exp(2 * weights.logsumexp(0) - (2 * weights).logsumexp(0)),
-                "log_weight_variance": weights.var(0) if len(weights) > 1 else torch.zeros_like(weights[0]),
-            }
+    def evaluate(self, problem: Problem) -> Evaluation:
+        """Return the estimate (``estimate``, nats) and diagnostics of its weights, shape of the plates."""
+        weights, run = self._drawn(problem)
+        value = self.reduce(weights)
+        terms = {
+            "estimate": value,
+            "ess": effective_sample_size(weights),
+            "log_weight_variance": weights.var(0) if len(weights) > 1 else torch.zeros_like(weights[0]),
+        }
+        return Evaluation(value, terms, run.structure, run.scale)
 
 
 class CUBO(_FromAbove):
     r"""The chi upper estimate :math:`\frac1n\log\frac1K\sum_k w_k^n` per datum.
 
-    Its loss is the estimate itself, to be pushed down by the guide; parameters of the model are held still.
+    Its loss is the estimate, which the guide minimises; parameters of the model are frozen.
 
     Args:
         order: n > 1; the population value is finite only where the weights have an n-th moment.
@@ -127,8 +131,11 @@ class CUBO(_FromAbove):
 class EUBO(_FromAbove):
     r"""The evidence upper estimate :math:`\sum_k\tilde w_k\log w_k` per datum, self-normalised.
 
-    :meth:`from_posterior` replaces the weights by given posterior draws; with exact ones it is an upper bound in
-    expectation.  Exact ones exist for simulated data: the latents that a datum was simulated from.
+    :meth:`from_posterior` replaces the weights by posterior draws; with exact ones it is an upper bound in expectation.
+    Exact ones exist for simulated data: the latents that a datum was simulated from.
+
+    Draws of weight zero are dropped.  Where the model's density jumps to zero, the pathwise gradient does not
+    see draws that cross the jump.
 
     Args:
         num_particles: K >= 1.
@@ -145,13 +152,11 @@ class EUBO(_FromAbove):
     """
 
     def reduce(self, log_weights: Tensor) -> Tensor:
-        return (log_weights.softmax(0) * log_weights).sum(0)
+        return weighted_mean(softmax_of(log_weights), log_weights)
 
     @staticmethod
-    def from_posterior(
-        model: Program, guide: Program, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Mean log-weight at draws of the posterior, an upper bound in expectation if they are exact.
+    def from_posterior(model: Any, guide: Any, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the mean log-weight at posterior draws, an upper bound in expectation if they are exact.
 
         Args:
             samples: for each latent site a tensor of S draws on the leftmost dimension, or of one draw without it.
@@ -163,4 +168,5 @@ class EUBO(_FromAbove):
             ValueError: if a site that the guide draws is not among ``samples``.
         """
         with torch.no_grad():
-            return given(model, guide, samples, args, kwargs).log_weights.mean(0)
+            problem = problem_of(model, guide, args, kwargs)
+            return problem.run(problem.count_draws(samples), samples).log_weights.mean(0)

@@ -1,6 +1,6 @@
 r"""Forward-KL objectives: wake and sleep.
 
-A guide trained by :math:`\mathrm{KL}(p(z|x)\,\|\,q(z|x))` covers the posterior instead of settling in a part of it,
+A guide trained by :math:`\mathrm{KL}(p(z|x)\,\|\,q(z|x))` covers the whole posterior instead of one mode,
 and its gradient needs no reparameterisation:
 
 .. math:: \text{wake: } \sum_k \tilde w_k\,\log q(z_k|x),\quad z_k\sim q(\cdot|x);
@@ -11,17 +11,15 @@ Weights are self-normalised per datum, so minibatches scale as a plate does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import pyro
 import torch
 from torch import Tensor
 
-from pyro_hvae.bounds.base import Estimate, Objective, Program
+from pyro_hvae.bounds.base import Estimate, Objective
+from pyro_hvae.bounds.gradients import check_replayable, refuse_moved_deltas
 from pyro_hvae.bounds.importance import IWELBO
-from pyro_hvae.traces import Reading, given, simulate
-from pyro_hvae.traces.reading import total
+from pyro_hvae.problem import Problem, Run, total
 
 __all__ = ["ReweightedWakeSleep", "SleepPhase", "WakePhase"]
 
@@ -30,7 +28,7 @@ class WakePhase(Objective):
     """The guide's wake phase: maximise the self-normalised log q at its own draws.  Trains the guide alone.
 
     Args:
-        num_particles: K >= 2; with one particle the weight is one and nothing pulls the guide to the posterior.
+        num_particles: K >= 2; with one particle the weight is 1, and the gradient does not depend on the posterior.
 
     Raises:
         ValueError: for ``num_particles < 2``, or a subsampled plate that does not enclose all sites.
@@ -51,22 +49,41 @@ class WakePhase(Objective):
             raise ValueError(f"{type(self).__name__} needs num_particles >= 2, got {num_particles}")
         self._bound = IWELBO(num_particles, gradient="vimco")
 
-    def estimate(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Estimate, Reading]:
+    def estimate(self, problem: Problem) -> Estimate:
         with torch.no_grad():
-            drawn = self._bound.read(model, guide, args, kwargs)
+            drawn = self._bound.draw(problem)
             self._bound.check(drawn.structure)
             weights = drawn.log_weights.softmax(0)
-        reading = drawn.replay(freeze=False, detach=True)
-        surrogate = (weights * self._learned(reading)).sum(0)
-        return Estimate(self._value(drawn, surrogate), surrogate, reading.scale), reading
+        check_density(problem, drawn, type(self).__name__)
+        run = drawn.replay(freeze=False, detach=True)
+        surrogate = (weights * self._learned(run)).sum(0)
+        return Estimate(self._value(drawn, surrogate), surrogate, run.scale, run=run)
 
-    def _learned(self, reading: Reading) -> Tensor:
-        return total(reading.log_q)
+    def _learned(self, run: Run) -> Tensor:
+        return total(run.log_q)
 
-    def _value(self, drawn: Reading, surrogate: Tensor) -> Tensor:
+    def _value(self, drawn: Run, surrogate: Tensor) -> Tensor:
         return surrogate
+
+
+def check_density(problem: Problem, run: Run, what: str) -> None:
+    """Refuse programs whose log q at fixed draws has no valid gradient; checked once a structure.
+
+    Raises:
+        ValueError: naming the sites.
+    """
+    facts, key = run.structure.facts, ("density", what)
+    if key in facts:
+        check_replayable(problem, run, what)
+        return
+    if run.structure.enumerated_in_guide:
+        raise ValueError(
+            f"the guide enumerates {list(run.structure.enumerated_in_guide)}, and {what} learns from draws: remove the "
+            "mark from the guide, or use TraceELBO"
+        )
+    check_replayable(problem, run, what)
+    refuse_moved_deltas(run, f"{what}, which follows log q at fixed draws")
+    facts[key] = True
 
 
 class ReweightedWakeSleep(WakePhase):
@@ -89,21 +106,21 @@ class ReweightedWakeSleep(WakePhase):
 
     trains = ("model", "guide")
 
-    def _learned(self, reading: Reading) -> Tensor:
-        return total(reading.log_p) + total(reading.log_q)
+    def _learned(self, run: Run) -> Tensor:
+        return total(run.log_p) + total(run.log_q)
 
-    def _value(self, drawn: Reading, surrogate: Tensor) -> Tensor:
+    def _value(self, drawn: Run, surrogate: Tensor) -> Tensor:
         return self._bound.reduce(drawn.log_weights)
 
 
 class SleepPhase(Objective):
-    """The guide's sleep phase: maximise log q at latents and data that the model dreams up.  Trains the guide alone.
+    """The guide's sleep phase: maximise log q at latents and data drawn from the model.  Trains the guide alone.
 
-    The model runs with its observations released, on the same arguments; in those the observed tensors are then
-    replaced by the dreamt ones, and the guide is evaluated.
+    The model runs on the same arguments with its observations drawn.  The simulated tensors then replace the observed
+    ones in the arguments, and the guide is evaluated.
 
     Raises:
-        ValueError: if no argument is an observed tensor of the model, so that the guide could not see the dream.
+        ValueError: for a model whose data can't be simulated as a whole (:class:`~pyro_hvae.problem.Simulation`).
 
     Reference:
         The Wake-Sleep Algorithm for Unsupervised Neural Networks (Hinton et al., 1995).
@@ -115,11 +132,8 @@ class SleepPhase(Objective):
 
     trains = ("guide",)
 
-    def estimate(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-    ) -> tuple[Estimate, Reading]:
-        with pyro.validation_enabled(False):  # given() checks what is new, once
-            latents, dreamt_args, dreamt_kwargs = simulate(model, args, kwargs)
-        reading = given(model, guide, latents, dreamt_args, dreamt_kwargs)
-        value = total(reading.log_q).expand_as(reading.log_weights.detach()).mean(0)
-        return Estimate(value, value, reading.scale), reading
+    def estimate(self, problem: Problem) -> Estimate:
+        simulated = problem.simulate()
+        run = simulated.problem.run(values=simulated.values)
+        value = total(run.log_q).expand(run.shape).mean(0)
+        return Estimate(value, value, run.scale, run=run)

@@ -11,7 +11,7 @@ and its approximate posterior (seed eq. 16, 17) is :class:`BottomUp`,
 .. math::
     q_\phi(z_1, \dots, z_T \mid x) = q_\phi(z_1 \mid x) \prod_{t=2}^T q_\phi(z_t \mid z_{t-1}).
 
-A VAE is the case T = 1. A posterior that runs top-down is :class:`pyro_hvae.ladder.Ladder`. Calling a chain
+A VAE is the case T = 1. A posterior that runs top-down is :class:`Ladder`. Calling a chain
 runs a Pyro program: one ``pyro.sample`` a kernel, named as the keyword that gave it, all inside one plate at
 ``dim=-1`` over the data, so ``poutine.condition``, ``Predictive``, ``NUTS`` and every estimator of Pyro apply.
 
@@ -21,19 +21,19 @@ position where they wrap a program: ``svi.step(x, context)``, ``poutine.conditio
 context)``.
 
 **Missing data.** ``mask`` is boolean, True where observed, of the shape of x, or (N,) for whole data. A
-masked entry is dropped from the likelihood (its log-density counts as 0) and the guide is shown 0 in its
-place; what stood there, NaN included, reaches neither values nor gradients. Entries can be masked one by one
+masked entry is dropped from the likelihood (its log-density counts as 0) and the guide gets 0 in its
+place; the masked value, NaN included, reaches neither values nor gradients. Entries can be masked one by one
 only where the likelihood factorises over them; others take a mask of shape (N,).
 
-**Minibatches.** With ``data_size`` M and N data given, the plate stands for M data and Pyro scales every site
+**Minibatches.** With N data and ``data_size`` M, the plate has size M and Pyro scales every site
 in it by M/N.
 
 **Bayesian weights.** ``PyroSample`` attributes of kernels (and of ``PyroModule`` networks within) are drawn
 before the plate is entered: they are global latents of the program, named as the parameter would be
 (``model.z1.weight``).
 
-**Names.** Parameters stand in Pyro's store as ``<name>.<site>...``; two chains trained in one process need
-two names. A kernel given for two sites is one child, registered under the first; tensors shared between
+**Names.** Parameters are named in Pyro's store ``<name>.<site>...``; two chains trained in one process need
+two names. One kernel at two sites is one child, registered under the first; tensors shared between
 kernels appear once in ``state_dict()``.
 
 What is not enforced: finiteness and support of the data (a device synchronisation a call; the trace readers
@@ -41,9 +41,21 @@ do it once), and that networks keep data apart: batch normalisation couples the 
 densities per datum depend on the rest of the minibatch.
 """
 
-from pyro_hvae.chains.arguments import batch_size
+from pyro_hvae.chains.autoencode import decode, encode, impute, reconstruct
 from pyro_hvae.chains.base import Chain
 from pyro_hvae.chains.directions import BottomUp, TopDown
-from pyro_hvae.chains.weights import draw_global, has_global
+from pyro_hvae.chains.ladder import Ladder, LadderEvidence
+from pyro_hvae.chains.reversal import Reversed
 
-__all__ = ["BottomUp", "Chain", "TopDown", "batch_size", "draw_global", "has_global"]
+__all__ = [
+    "BottomUp",
+    "Chain",
+    "Ladder",
+    "LadderEvidence",
+    "Reversed",
+    "TopDown",
+    "decode",
+    "encode",
+    "impute",
+    "reconstruct",
+]

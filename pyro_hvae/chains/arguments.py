@@ -1,35 +1,43 @@
-"""What the arguments of a program say of the number of data."""
+"""Number of data N, from the arguments of a program."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["batch_size"]
+__all__ = ["batch_size", "check_data_size"]
 
 
 def batch_size(name: str, x: Any, context: Any, mask: Any, size: int | None) -> int:
-    """N, from whichever of the arguments tells it; all that do must agree."""
+    """Return N, the common number of rows of x, context and mask, or ``size``.
+
+    Raises:
+        TypeError: for x that is no tensor, or a size that is no integer.
+        ValueError: for arguments that disagree, that leave N open, or a mask of another type or shape.
+    """
     if x is not None and not isinstance(x, Tensor):
         raise TypeError(f"{name!r} takes data as a torch.Tensor, got {type(x).__name__}; convert with torch.as_tensor.")
-    found = size
-    for what, given in (("x", x), ("context", context), ("mask", mask)):
-        if not isinstance(given, Tensor):
+    if size is not None and (isinstance(size, bool) or not isinstance(size, Integral)):
+        raise TypeError(f"size is a number of data, an integer; got {size!r}.")
+    rows = None if size is None else int(size)
+    for what, argument in (("x", x), ("context", context), ("mask", mask)):
+        if not isinstance(argument, Tensor):
             continue
-        if not given.dim():
+        if not argument.dim():
             raise ValueError(f"{what} must have the data as its first dim, got a 0-dim tensor.")
-        if found is not None and given.shape[0] != found:
+        if rows is not None and argument.shape[0] != rows:
             raise ValueError(
-                f"{what} has {given.shape[0]} rows where {found} are expected: x, context, mask and size "
+                f"{what} has {argument.shape[0]} rows where {rows} are expected: x, context, mask and size "
                 "must agree on the number of data."
             )
-        found = given.shape[0]
-    if found is None:
+        rows = argument.shape[0]
+    if rows is None:
         raise ValueError(f"{name!r} can't tell how many data to sample: pass size=, or x, context or mask with N rows.")
-    if found < 1:
-        raise ValueError(f"{name!r} needs at least one datum, got {found}.")
+    if rows < 1:
+        raise ValueError(f"{name!r} needs at least one datum, got {rows}.")
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be boolean (True = observed), got {mask.dtype}; use mask.bool().")
@@ -37,4 +45,14 @@ def batch_size(name: str, x: Any, context: Any, mask: Any, size: int | None) -> 
             raise ValueError(
                 f"mask must have the shape of x {tuple(x.shape)} or {tuple(x.shape[:1])}, got {tuple(mask.shape)}."
             )
-    return found
+    return rows
+
+
+def check_data_size(data_size: int, size: int) -> None:
+    """Refuse a data set that is smaller than its minibatch of ``size`` data.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    if not data_size >= size:  # false for NaN too
+        raise ValueError(f"data_size is the size of the whole data set, got {data_size} for a batch of {size}.")

@@ -1,4 +1,4 @@
-"""What both directions share: named kernels, one plate, errors that name the kernel."""
+"""Base of the chains: named kernels, one plate, errors that name the kernel."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_hvae.chains.arguments import check_data_size
 from pyro_hvae.chains.weights import drop_shared, fill_shared
 
 __all__ = ["Chain", "Step"]
@@ -36,7 +37,7 @@ class Chain(PyroModule):
     def __init__(self, name: str, plate: str, kernels: Mapping[str, nn.Module]) -> None:
         super().__init__(name)
         if not kernels:
-            raise ValueError(f"{type(self).__name__} needs at least one kernel, given as site=kernel.")
+            raise ValueError(f"{type(self).__name__} needs at least one kernel: write site=kernel.")
         self.plate_name = plate
         homes: dict[int, str] = {}
         steps = []
@@ -83,7 +84,7 @@ class Chain(PyroModule):
             yield site, kernel, infer
 
     def call(self, site: str, kernel: Callable[..., Any], parent: Tensor | None, context: Any) -> Any:
-        """Call a kernel; what goes wrong inside is told with the kernel's name and shapes."""
+        """Call a kernel; an error inside it is raised with the kernel's name and shapes."""
         try:
             return kernel(parent) if context is None else kernel(parent, context)
         except (RuntimeError, ValueError) as error:
@@ -95,15 +96,15 @@ class Chain(PyroModule):
     def distribution(
         self, site: str, kernel: Callable[..., TorchDistribution], parent: Tensor | None, context: Any
     ) -> TorchDistribution:
-        """The distribution of a site."""
-        found = self.call(site, kernel, parent, context)
-        if not isinstance(found, TorchDistributionMixin):
+        """Return the distribution of a site."""
+        result = self.call(site, kernel, parent, context)
+        if not isinstance(result, TorchDistributionMixin):
             raise TypeError(
                 f"kernel {site!r} of {self.name!r} must return a Pyro distribution, got "
-                f"{type(found).__name__}. Wrap a module that gives torch distributions (a zuko flow) in "
+                f"{type(result).__name__}. Wrap a module that gives torch distributions (a zuko flow) in "
                 "kernels.Flow."
             )
-        return found
+        return result
 
     def _misfit(self, site: str, kernel: Any, parent: Any, context: Any, error: Exception) -> str | None:
         said = str(error)
@@ -120,7 +121,7 @@ class Chain(PyroModule):
         if widths:
             expected = widths[0].in_features
             joined = (
-                f" ({parent.shape[-1]} + {context.shape[-1]} of the context given)"
+                f" ({parent.shape[-1]} + {context.shape[-1]} of the context)"
                 if (isinstance(parent, Tensor) and isinstance(context, Tensor) and context.dim() and parent.dim())
                 else ""
             )
@@ -128,11 +129,10 @@ class Chain(PyroModule):
         return f"{text}: {said}"
 
     def data_plate(self, size: int, data_size: int | None, device: torch.device | None) -> pyro.plate:
-        """The plate over N data that stand for ``data_size``."""
+        """Return the plate over N data of a data set of ``data_size``."""
         if data_size is None:
             return pyro.plate(self.plate_name, size, dim=-1)
-        if data_size < size:
-            raise ValueError(f"data_size is the size of the whole data set, got {data_size} for a batch of {size}.")
+        check_data_size(data_size, size)
         indices = self._indices
         if indices is None or indices.shape[0] != size or indices.device != device:
             indices = torch.arange(size, device=device)

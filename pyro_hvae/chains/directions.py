@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pyro_hvae.chains.arguments import batch_size
 from pyro_hvae.chains.base import Chain
+from pyro_hvae.chains.missing import drop_masked, zero_masked
 from pyro_hvae.chains.weights import draw_global
-from pyro_hvae.missing import masked, shown
 
 __all__ = ["BottomUp", "TopDown"]
 
@@ -62,17 +62,17 @@ class TopDown(Chain):
         size: int | None = None,
         data_size: int | None = None,
     ) -> Tensor:
-        """Run the program: ancestral sampling, or conditioning on x where it is given.
+        """Run the program: ancestral sampling, or conditioning on x if it is not ``None``.
 
         Args:
             x: data (N, *event_shape), or ``None`` to sample it.
             context: covariates (N, c), passed to every kernel.
             mask: True = observed, of the shape of x or (N,).
-            size: N, where neither x, mask nor context tells it.
+            size: N, where x, mask and context are all ``None``.
             data_size: size of the data set of which x is a minibatch.
 
         Returns:
-            The observation (N, *event_shape), sampled or given (with masked entries filled).
+            The observation (N, *event_shape), sampled, or x with masked entries filled.
         """
         size = batch_size(self.name, x, context, mask, size)
         like = x if x is not None else context if isinstance(context, Tensor) else mask
@@ -81,33 +81,33 @@ class TopDown(Chain):
         observation = self.observation
         with self.data_plate(size, data_size, None if like is None else like.device):
             for site, kernel, infer in self.steps():
-                found = self.distribution(site, kernel, value, context)
+                distribution = self.distribution(site, kernel, value, context)
                 observed = site == observation
                 if observed:
                     if x is not None:
-                        self._check_data(site, found, x, size)
+                        self._check_data(site, distribution, x, size)
                     if mask is not None:
-                        found, x = masked(site, found, mask, x, size)
-                value = pyro.sample(site, found, obs=x if observed else None, infer=infer)
+                        distribution, x = drop_masked(site, distribution, mask, x, size)
+                value = pyro.sample(site, distribution, obs=x if observed else None, infer=infer)
                 if not observed:
-                    self._check_value(site, found, value)
+                    self._check_value(site, distribution, value)
         return value
 
-    def _check_data(self, site: str, found: TorchDistribution, x: Tensor, size: int) -> None:
-        if found.event_shape != x.shape[1:]:
+    def _check_data(self, site: str, distribution: TorchDistribution, x: Tensor, size: int) -> None:
+        if distribution.event_shape != x.shape[1:]:
             raise ValueError(
-                f"kernel {site!r} of {self.name!r} gives events of shape {tuple(found.event_shape)}, but a "
+                f"kernel {site!r} of {self.name!r} gives events of shape {tuple(distribution.event_shape)}, but a "
                 f"datum has shape {tuple(x.shape[1:])} (data {tuple(x.shape)}). Reshape the data, or set "
                 "the width and event_dim of the kernel."
             )
-        if found.batch_shape and found.batch_shape[-1] not in (1, size):
+        if distribution.batch_shape and distribution.batch_shape[-1] not in (1, size):
             raise ValueError(
-                f"kernel {site!r} of {self.name!r} gives a batch of shape {tuple(found.batch_shape)} for "
+                f"kernel {site!r} of {self.name!r} gives a batch of shape {tuple(distribution.batch_shape)} for "
                 f"{size} data: its last batch dim must be the data. Set event_dim of the kernel."
             )
 
-    def _check_value(self, site: str, found: TorchDistribution, value: Tensor) -> None:
-        event = found.event_shape
+    def _check_value(self, site: str, distribution: TorchDistribution, value: Tensor) -> None:
+        event = distribution.event_shape
         if event and value.shape[-len(event) :] != event:
             raise ValueError(
                 f"site {site!r} holds a value of shape {tuple(value.shape)}, but kernel {site!r} of "
@@ -153,11 +153,11 @@ class BottomUp(Chain):
         size = batch_size(self.name, x, context, mask, None)
         draw_global(self)
         values: dict[str, Tensor] = {}
-        value = shown(x, mask)
+        value = zero_masked(x, mask)
         with self.data_plate(size, data_size, x.device):
             for site, kernel, infer in self.steps():
-                found = self.distribution(site, kernel, value, context)
-                value = values[site] = pyro.sample(site, found, infer=infer)
+                distribution = self.distribution(site, kernel, value, context)
+                value = values[site] = pyro.sample(site, distribution, infer=infer)
         return values
 
     def _path(self) -> list[str]:

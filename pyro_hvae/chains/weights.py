@@ -1,4 +1,4 @@
-"""Weights of kernels: global latents that are drawn once, and tensors that kernels share."""
+"""Weights of kernels: draw Bayesian weights once, and save tensors that kernels share once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw_global(module: PyroModule) -> None:
 
 
 def has_global(module: PyroModule) -> bool:
-    """Whether :func:`draw_global` would draw anything."""
+    """Return whether a module has ``PyroSample`` attributes in its kernels."""
     return any(
         isinstance(child, PyroModule) and (bool(child._pyro_samples) or has_global(child))
         for child in module._modules.values()
@@ -29,7 +29,7 @@ def has_global(module: PyroModule) -> bool:
 
 
 def _shared(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of tensors met before under another name, with that name."""
+    """Yield each further name of a tensor with its first name."""
     first: dict[int, str] = {}
     for members in (
         module.named_parameters(remove_duplicate=False),
@@ -42,11 +42,13 @@ def _shared(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def drop_shared(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Remove the further names of shared tensors from a state dict (a hook of ``state_dict``)."""
     for name, _ in _shared(module):
         state.pop(prefix + name, None)
 
 
 def fill_shared(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Add the further names of shared tensors to a state dict (a hook of ``load_state_dict``)."""
     for name, home in _shared(module):
         if prefix + home in state:
             state.setdefault(prefix + name, state[prefix + home])

@@ -1,8 +1,8 @@
 """The command line: ``pyro-hvae demo | fit | evaluate | sample | diagnose``.
 
 Every verb is a function of :mod:`pyro_hvae.cli.verbs`; its arguments become flags, and entries of a YAML file given by
-``--config``. What goes wrong with an input is told in one line on standard error, with exit code 2; ``--debug``
-anywhere on the line shows the traceback instead.
+``--config``. An invalid input gives one line on standard error and exit code 2; with ``--debug``
+anywhere on the line, the traceback.
 """
 
 from __future__ import annotations
@@ -49,15 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_subcommand(name, command, help=summary)
     program = next((f"pyro-hvae {word}" for word in words if word in verbs.__all__), "pyro-hvae")
     try:
-        given = parser.parse_args(words)
-        made = parser.instantiate(given)
-        arguments = dict(made[made.verb])
+        namespace = parser.instantiate(parser.parse_args(words))
+        arguments = dict(namespace[namespace.verb])
         arguments.pop("config", None)
-        getattr(verbs, made.verb)(**arguments)
+        getattr(verbs, namespace.verb)(**arguments)
     except ArgumentError as error:
         if debug:
             raise
-        print(f"{program}: {' '.join(str(error).split())} ({program} --help tells what there is)", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())} ({program} --help lists the arguments)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pyro-hvae: interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What words on a command line stand for: objects by path, programs, and data."""
+"""Convert words of a command line into objects, programs and data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_object(path: str) -> Any:
     """
     place, colon, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     if not place:
-        raise ImportError(f"{path!r} is no path of an object: write file.py:name or package.module:name.")
+        raise ImportError(f"{path!r} is not the path of an object: write file.py:name or package.module:name.")
     if colon == ":" and place.endswith(".py"):
         module = _module_of(Path(place))
     else:
@@ -44,43 +44,43 @@ def load_object(path: str) -> Any:
             module = importlib.import_module(place)
         except ModuleNotFoundError as error:
             raise ImportError(f"can't import {place!r} of {path!r}: {error}.") from error
-    found: Any = module
+    value: Any = module
     for part in name.split("."):
-        if not hasattr(found, part):
-            known = ", ".join(sorted(key for key in vars(found) if not key.startswith("_"))[:20])
-            raise ImportError(f"{place!r} has no {part!r}; it has {known or 'nothing'}.")
-        found = getattr(found, part)
-    return found
+        if not hasattr(value, part):
+            names = ", ".join(sorted(key for key in vars(value) if not key.startswith("_"))[:20])
+            raise ImportError(f"{place!r} has no {part!r}; it has {names or 'nothing'}.")
+        value = getattr(value, part)
+    return value
 
 
-def make(spec: Any, known: Mapping[str, Any] | None = None) -> Any:
-    """Build what a specification in YAML describes.
+def make(spec: Any, made: Mapping[str, Any] | None = None) -> Any:
+    """Build the object that a specification in YAML describes.
 
     ``{class_path: path, args: [...], init_args: {...}}`` is a call of that class or function, ``{object: path}`` the
-    object itself, a string ``$name`` something already made. Lists and mappings are gone through; all else is as it
-    stands.
+    object itself, a string ``$name`` an object in ``made``. Items of lists and mappings are built one by one; other
+    values are returned unchanged.
 
     Example:
         >>> make({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 1}})
         Linear(in_features=2, out_features=1, bias=True)
     """
-    known = known or {}
+    made = made or {}
     if isinstance(spec, str) and spec.startswith("$"):
-        if spec[1:] not in known:
-            raise ValueError(f"{spec!r} names nothing that is made by then; known: {sorted(known)}.")
-        return known[spec[1:]]
+        if spec[1:] not in made:
+            raise ValueError(f"{spec!r} is not among the objects made before it: {sorted(made)}.")
+        return made[spec[1:]]
     if isinstance(spec, Mapping):
         if "class_path" in spec:
             extra = set(spec) - {"class_path", "args", "init_args"}
             if extra:
-                raise ValueError(f"beside class_path stand args and init_args and nothing else, got {sorted(extra)}.")
-            positional, named = make(spec.get("args") or [], known), make(spec.get("init_args") or {}, known)
+                raise ValueError(f"class_path takes args and init_args only, got {sorted(extra)}.")
+            positional, named = make(spec.get("args") or [], made), make(spec.get("init_args") or {}, made)
             return load_object(spec["class_path"])(*positional, **named)
         if set(spec) == {"object"}:
             return load_object(spec["object"])
-        return {key: make(value, known) for key, value in spec.items()}
+        return {key: make(value, made) for key, value in spec.items()}
     if isinstance(spec, (list, tuple)):
-        return [make(value, known) for value in spec]
+        return [make(value, made) for value in spec]
     return spec
 
 
@@ -90,7 +90,7 @@ def make_pair(
     model: Spec | None = None,
     guide: Spec | None = None,
 ) -> tuple[Any, Any]:
-    """Build a model and a guide from what a command line says, or a run directory has recorded.
+    """Build a model and a guide from the arguments of a command line or of a run directory.
 
     Args:
         pair: path of a function that returns (model, guide).
@@ -104,10 +104,10 @@ def make_pair(
     if (pair is None) == (model is None) or (model is None) != (guide is None):
         raise ValueError("name the programs either by pair, or by model and guide.")
     if pair is not None:
-        found = load_object(pair)(**make(dict(pair_args or {})))
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise ValueError(f"{pair} must return (model, guide), got {type(found).__name__}.")
-        return found
+        programs = load_object(pair)(**make(dict(pair_args or {})))
+        if not isinstance(programs, tuple) or len(programs) != 2:
+            raise ValueError(f"{pair} must return (model, guide), got {type(programs).__name__}.")
+        return programs
     assert model is not None
     assert guide is not None
     first = _program(model, {})
@@ -127,7 +127,7 @@ def load_data(spec: str) -> tuple[Any, Any]:
         dict (by name), floats in the default dtype.
 
     Raises:
-        ValueError: for a name that means nothing here.
+        ValueError: for an unknown name.
         FileNotFoundError: for a missing file.
     """
     if spec == "digits":
@@ -147,15 +147,15 @@ def load_data(spec: str) -> tuple[Any, Any]:
     if suffix == ".pt":
         return _tensors(torch.load(spec, weights_only=True)), None
     if ":" in spec or "." in spec:
-        found = load_object(spec)
-        return _tensors(found() if callable(found) else found), None
+        data = load_object(spec)
+        return _tensors(data() if callable(data) else data), None
     raise ValueError(
         f"data can't be {spec!r}: name digits, idx:FOLDER, a file .npy, .npz or .pt, or an object as file.py:name."
     )
 
 
 def thresholded(data: Any, threshold: float) -> Any:
-    """The data with its first tensor, or ``x`` of a dict, cut to zeros and ones."""
+    """Return binarise the first tensor of the data, or ``x`` of a dict, by a threshold."""
     return _first(data, lambda x: binarize(x, threshold=threshold))
 
 
@@ -170,7 +170,7 @@ class Redrawn:
 
 
 def absolute(spec: Any) -> Any:
-    """A specification whose Python files are named from the root, so that it can be built again from anywhere."""
+    """Return a specification with absolute paths of files, which is valid in any working directory."""
     if isinstance(spec, str) and ".py:" in spec:
         place, _, name = spec.rpartition(":")
         return f"{Path(place).resolve()}:{name}"
@@ -184,7 +184,7 @@ def absolute(spec: Any) -> Any:
 
 
 def _module_of(file: Path) -> Any:
-    """The module of a Python file, run once a process; its folder can be imported from."""
+    """Import a Python file, once per process, and add its folder to the import path."""
     file = file.resolve()
     name = f"_pyro_hvae_{file.stem}_{abs(hash(file)):x}"
     if name in sys.modules:
@@ -206,13 +206,13 @@ def _module_of(file: Path) -> Any:
     return module
 
 
-def _program(spec: Spec, known: Mapping[str, Any]) -> Any:
-    found = load_object(spec) if isinstance(spec, str) else make(spec, known)
-    if isinstance(found, type):
-        found = found()
-    if not callable(found):
-        raise ValueError(f"a program must be callable; {spec!r} is {type(found).__name__}.")
-    return found
+def _program(spec: Spec, made: Mapping[str, Any]) -> Any:
+    program = load_object(spec) if isinstance(spec, str) else make(spec, made)
+    if isinstance(program, type):
+        program = program()
+    if not callable(program):
+        raise ValueError(f"a program must be callable; {spec!r} is {type(program).__name__}.")
+    return program
 
 
 def _tensors(data: Any) -> Any:

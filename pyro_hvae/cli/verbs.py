@@ -1,4 +1,4 @@
-"""The verbs of the command line, each a function whose arguments are flags."""
+"""Verbs of the command line: each is a function, and its arguments are flags."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from jsonargparse import lazy_instance
 from torch import Tensor
 
-from pyro_hvae.bounds import LayerwiseELBO
+from pyro_hvae.bounds import IWELBO, LayerwiseELBO
 from pyro_hvae.bounds.base import Objective
 from pyro_hvae.cli.specs import Redrawn, absolute, load_data, make_pair, thresholded
 from pyro_hvae.diagnostics import diagnose as examine
 from pyro_hvae.diagnostics import to_datatree
-from pyro_hvae.traces import log_weights
-from pyro_hvae.traces.structure import sample_sites
+from pyro_hvae.problem import Problem
+from pyro_hvae.problem.structure import sample_sites
 from pyro_hvae.training import fit as train
 from pyro_hvae.training import load
 from pyro_hvae.training.feed import as_batch
@@ -70,10 +70,10 @@ def fit(
     tensorboard: bool = False,
     progress: bool = True,
 ) -> None:
-    """Train a model and a guide, and keep weights, history and checkpoints in a run directory.
+    """Train a model and a guide; write weights, history and checkpoints to a run directory.
 
     Args:
-        run_dir: where the run is kept.
+        run_dir: folder of the run.
         data: digits, idx:FOLDER (MNIST's format), a file .npy, .npz or .pt, or an object or function as file.py:name.
         pair: function that returns (model, guide), as package.module.function or file.py:function.
         pair_args: its arguments.
@@ -85,9 +85,9 @@ def fit(
         steps: optimiser steps, likewise.
         batch_size: data a step; null for all.
         binarize: grey values in [0, 1] to 0 and 1: a threshold, or random for a new draw at every use.
-        held_out: more data, of the same kind, whose bound is recorded on the way; digits and idx bring theirs.
+        held_out: validation data, of the same kind; digits and idx have their own.
         seed: of weights, noise and order of the data.
-        resume: go on from the last checkpoint of run_dir.
+        resume: continue from the last checkpoint of run_dir.
         checkpoint_every: steps from checkpoint to checkpoint.
         log_every: steps from record to record.
         terms_every: steps between records that hold the terms of the bound too.
@@ -98,20 +98,20 @@ def fit(
         progress: show a bar.
     """
     torch.manual_seed(seed)
-    asked = {"pair": pair, "pair_args": pair_args, "model": model, "guide": guide}
-    recipe: dict[str, Any] = {key: absolute(value) for key, value in asked.items() if value is not None}
+    spec = {"pair": pair, "pair_args": pair_args, "model": model, "guide": guide}
+    recipe: dict[str, Any] = {key: absolute(value) for key, value in spec.items() if value is not None}
     programs = make_pair(**recipe)
-    found, rest = _parts(data, held_out, binarize)
+    training_data, validation = _load_split(data, held_out, binarize)
     result = train(
         *programs,
-        found,
+        training_data,
         bound=bound,
         optimizer=optimizer,
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
         transform=Redrawn() if binarize == "random" else None,
-        validation=rest,
+        validation=validation,
         seed=seed,
         resume=resume,
         checkpoint_every=checkpoint_every,
@@ -125,10 +125,11 @@ def fit(
         run_dir=run_dir,
         factory=("pyro_hvae.cli.specs:make_pair", recipe),
     )
-    kept = {"data": absolute(data), "held_out": absolute(held_out), "binarize": binarize}
-    (Path(run_dir) / _COMMAND).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    command = {"data": absolute(data), "held_out": absolute(held_out), "binarize": binarize}
+    (Path(run_dir) / _COMMAND).write_text(json.dumps(command, indent=2) + "\n", encoding="utf-8")
     last = next((record["loss"] for record in reversed(result.history) if record.get("loss") is not None), math.nan)
-    print(f"{run_dir}: {result.steps} steps, loss {last:.4f} nats a datum" + _because(result.stopped))
+    stopped = "" if result.stopped is None else f"; stopped: {result.stopped}"
+    print(f"{run_dir}: {result.steps} steps, loss {last:.4f} nats a datum{stopped}")
 
 
 def evaluate(
@@ -136,9 +137,7 @@ def evaluate(
     data: str | None = None,
     num_particles: int = 1000,
     chunk_size: int = 10,
-    which: str = "last",
-    ema: bool = False,
-    seed: int = 0,
+    **selection: Any,
 ) -> None:
     """Report the bounds on held-out data and the terms of the layers; writes evaluation.json.
 
@@ -147,23 +146,22 @@ def evaluate(
         data: as in fit; by default what the run held out, or else what it was trained on.
         num_particles: draws of the importance-weighted bound.
         chunk_size: draws at once; memory grows with it.
-        which: last, best, or the name of a checkpoint.
-        ema: take the moving averages of the parameters.
-        seed: of the draws.
+        **selection: which, ema and seed of :func:`_load_pair`.
     """
-    torch.manual_seed(seed)
-    model, guide = load(run_dir, which=which, ema=ema)
+    model, guide = _load_pair(run_dir, **selection)
     args, kwargs, which_data = _recorded(run_dir, data)
-    weights = log_weights(model, guide, *args, num_particles=num_particles, chunk_size=chunk_size, **kwargs)
-    terms = LayerwiseELBO(num_particles=min(num_particles, chunk_size)).terms(model, guide, *args, **kwargs)
-    elbo = weights.mean(0).flatten()
-    bound = (weights.logsumexp(0) - math.log(num_particles)).flatten()
+    problem = Problem(model, guide)(*args, **kwargs)
+    weighted = IWELBO(num_particles, chunk_size=chunk_size).terms(problem)
+    terms = LayerwiseELBO(num_particles=min(num_particles, chunk_size)).terms(problem)
+    rates = [term for name, term in weighted.items() if name.startswith("rate_")]
+    elbo = (weighted["reconstruction"] - sum(rates)).flatten()
+    many, bound = weighted["bound"].dim() > 0, weighted["bound"].flatten()
     result: dict[str, Any] = {"data": which_data, "num_data": len(bound), "num_particles": num_particles}
     result["elbo"], result["elbo_stderr"] = _mean(elbo)
     result["iwelbo"], result["iwelbo_stderr"] = _mean(bound)
     result["terms"] = {name: float(value.mean()) for name, value in terms.items()}
-    unit = "nats a datum" if weights.dim() > 1 else "nats"
-    print(f"{which_data}: {len(bound)} data" if weights.dim() > 1 else f"{which_data}: all data as one")
+    unit = "nats a datum" if many else "nats"
+    print(f"{which_data}: {len(bound)} data" if many else f"{which_data}: all data as one")
     print(f"ELBO               {result['elbo']:12.4f} +- {result['elbo_stderr']:.4f} {unit}")
     print(f"IWELBO, K = {num_particles:<6} {result['iwelbo']:12.4f} +- {result['iwelbo_stderr']:.4f} {unit}")
     for name, value in result["terms"].items():
@@ -176,30 +174,25 @@ def sample(
     out: str | None = None,
     size: int = 64,
     image_shape: tuple[int, int] | None = None,
-    which: str = "last",
-    ema: bool = False,
-    seed: int = 0,
+    **selection: Any,
 ) -> None:
     """Draw from the model, every site, into a .npz file; images also into a .png.
 
-    A program that takes ``size=`` is asked for that many data; any other is run on the data of the run with what it
-    observes left free, so that it yields as many as those.
+    A program with an argument ``size`` draws that many data; any other runs on the data of the run with its
+    observations drawn, and gives as many data as those.
 
     Args:
         run_dir: a run directory that fit wrote.
         out: the .npz file; samples.npz in the run directory by default.
         size: how many data.
         image_shape: height and width; also draws a picture of the first 100 data beside the file.
-        which: last, best, or the name of a checkpoint.
-        ema: take the moving averages of the parameters.
-        seed: of the draws.
+        **selection: which, ema and seed of :func:`_load_pair`.
     """
     import numpy as np
 
     if size < 1:
         raise ValueError(f"size must be >= 1, got {size}.")
-    torch.manual_seed(seed)
-    model, _ = load(run_dir, which=which, ema=ema)
+    model, _ = _load_pair(run_dir, **selection)
     if accepts(model, "size"):
         program, args, kwargs = model, (), {"size": size}
     else:
@@ -225,23 +218,18 @@ def diagnose(
     data: str | None = None,
     num_draws: int = 500,
     max_data: int = 100,
-    which: str = "last",
-    ema: bool = False,
-    seed: int = 0,
+    **selection: Any,
 ) -> None:
-    """Report what to trust of the posterior; writes its draws to posterior.nc and the report to report.json.
+    """Report the reliability of the posterior; writes draws to posterior.nc and the report to report.json.
 
     Args:
         run_dir: a run directory that fit wrote.
         data: as in fit; by default what the run held out, or else what it was trained on.
         num_draws: draws of the guide.
-        max_data: data whose draws are kept, the first of them.
-        which: last, best, or the name of a checkpoint.
-        ema: take the moving averages of the parameters.
-        seed: of the draws.
+        max_data: number of data, the first ones.
+        **selection: which, ema and seed of :func:`_load_pair`.
     """
-    torch.manual_seed(seed)
-    model, guide = load(run_dir, which=which, ema=ema)
+    model, guide = _load_pair(run_dir, **selection)
     args, kwargs, which_data = _recorded(run_dir, data)
     first = partial(_rows, count=max_data, total=_size(args, kwargs))
     args, kwargs = tuple(first(value) for value in args), {name: first(value) for name, value in kwargs.items()}
@@ -254,32 +242,44 @@ def diagnose(
     print(report)
 
 
-def _parts(data: str, held_out: str | None, binarize: float | str | None) -> tuple[Any, Any]:
-    """Data to train on and data held out, binarised; the held-out part once, also where the other is redrawn."""
+def _load_pair(run_dir: str, which: str = "last", ema: bool = False, seed: int = 0) -> tuple[Any, Any]:
+    """Load the pair of a run, and seed its draws.
+
+    Args:
+        run_dir: a run directory that fit wrote.
+        which: last, best, or the name of a checkpoint.
+        ema: take the moving averages of the parameters.
+        seed: of the draws.
+    """
+    torch.manual_seed(seed)
+    return load(run_dir, which=which, ema=ema)
+
+
+def _load_split(data: str, held_out: str | None, binarize: float | str | None) -> tuple[Any, Any]:
+    """Load training data and held-out data, binarised by a threshold if there is one."""
     if isinstance(binarize, str) and binarize != "random":
         raise ValueError(f"binarize is a threshold in [0, 1], or random; got {binarize!r}.")
-    found, rest = load_data(data)
+    split = load_data(data)
     if held_out is not None:
-        rest = load_data(held_out)[0]
-    if binarize is None:
-        return found, rest
-    if binarize == "random":
-        return found, rest
-    return thresholded(found, float(binarize)), None if rest is None else thresholded(rest, float(binarize))
+        split = split[0], load_data(held_out)[0]
+    if binarize is None or binarize == "random":
+        return split
+    first, second = (None if part is None else thresholded(part, float(binarize)) for part in split)
+    return first, second
 
 
 def _recorded(run_dir: str, data: str | None) -> tuple[tuple, dict[str, Any], str]:
-    """Arguments of the programs: the data named, or those of the run; and what they are called."""
+    """Load the arguments of the programs, from ``data`` or the data of the run; return them with their name."""
     path = Path(run_dir) / _COMMAND
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if data is None and "data" not in kept:
+    command = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if data is None and "data" not in command:
         raise ValueError(f"{run_dir} was not written by `pyro-hvae fit` and names no data: give --data.")
-    name = kept["data"] if data is None else data
-    found, rest = _parts(name, kept.get("held_out") if data is None else None, kept.get("binarize"))
-    label = f"{name}, held out" if rest is not None else name
-    chosen = found if rest is None else rest
-    args, kwargs = as_batch(chosen)
-    if kept.get("binarize") == "random":
+    name = command["data"] if data is None else data
+    held_out = command.get("held_out") if data is None else None
+    training_data, validation = _load_split(name, held_out, command.get("binarize"))
+    label = f"{name}, held out" if validation is not None else name
+    args, kwargs = as_batch(training_data if validation is None else validation)
+    if command.get("binarize") == "random":
         args, kwargs = as_batch(Redrawn()(*args, **kwargs))
     return args, kwargs, label
 
@@ -293,9 +293,6 @@ def _rows(value: Any, *, count: int, total: int) -> Any:
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error over the data; the error is 0 for one value."""
+    """Return the mean and its standard error over the data; the error is 0 for one value."""
     return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
-
-def _because(reason: str | None) -> str:
-    return "" if reason is None else f"; stopped: {reason}"

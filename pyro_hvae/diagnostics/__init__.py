@@ -1,9 +1,9 @@
-"""What to trust of a variational posterior."""
+"""Diagnostics of a variational posterior."""
 
 from pyro_hvae.diagnostics.arviz_versions import to_inferencedata
 from pyro_hvae.diagnostics.calibration import Calibration, calibrate
 from pyro_hvae.diagnostics.datatree import GROUPS, to_datatree
-from pyro_hvae.diagnostics.findings import diagnose
+from pyro_hvae.diagnostics.diagnose import diagnose
 from pyro_hvae.diagnostics.information import layers
 from pyro_hvae.diagnostics.khat import KHats, khats
 from pyro_hvae.diagnostics.layers import active_units, mean_variances

@@ -1,4 +1,4 @@
-"""What differs between the releases of ArviZ, all of it in this file.
+"""Differences between the releases of ArviZ; no other file depends on them.
 
 Python 3.11 has arviz 0.23, whose own objects are ``InferenceData``, beside arviz-base, arviz-stats and arviz-plots 0.8,
 which know ``DataTree``; from Python 3.12 on, arviz 1.x is those three and ``DataTree`` alone.  Everything else of this
@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from pyro_hvae.weights import good_khat
+
 __all__ = ["dataset", "elpd_data", "library_versions", "ranked", "to_inferencedata"]
 
 
 def to_inferencedata(tree: Any) -> Any:
-    """A tree as the ``InferenceData`` of arviz before 1.0.
+    """Convert a tree to the ``InferenceData`` of arviz before 1.0.
 
     Args:
         tree: ``xarray.DataTree`` of :func:`pyro_hvae.diagnostics.to_datatree`.
@@ -41,10 +43,10 @@ def to_inferencedata(tree: Any) -> Any:
     """
     import arviz
 
-    legacy = vars(arviz).get("InferenceData")  # asking 1.x for the attribute makes it warn
+    legacy = vars(arviz).get("InferenceData")  # reading the attribute makes 1.x warn
     if legacy is None:
         raise ImportError(
-            f"arviz {_version('arviz')} has no InferenceData: since 1.0 its functions take the DataTree as it is. Give "
+            f"arviz {_version('arviz')} has no InferenceData: since 1.0 its functions take the DataTree itself. Give "
             "them the tree"
         )
     groups = {name: group.to_dataset().load() for name, group in tree.children.items()}
@@ -59,7 +61,7 @@ def dataset(
     sample_dims: Sequence[str] = ("chain", "draw"),
     attrs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """One group: arrays whose dims after the draws' are named, with coordinates and the attributes of the schema."""
+    """Build one group: arrays with names of the dims after the draws', coordinates and the schema's attributes."""
     import arviz_base
     import pyro
 
@@ -75,23 +77,25 @@ def dataset(
 
 
 def elpd_data(
-    elpd_i: np.ndarray,
+    elpd_i: Any,
     khat: np.ndarray,
-    *,
-    dims: Sequence[str],
-    coords: Mapping[str, Any],
     effective_i: np.ndarray,
     num_draws: int,
-    good: float,
-    log_weights: np.ndarray | None = None,
-    draws: Mapping[str, Any] | None = None,
+    *,
+    log_weights: Any = None,
     approximate: bool = False,
 ) -> Any:
-    """ArviZ's result of a cross-validation; its class has the kind as a field in 0.8, and as a subclass since 1.x."""
-    import xarray as xr
+    """Build ArviZ's result of a cross-validation: ``ELPDData`` of kind loo in 0.8, ``ELPDDataLOO`` since 1.x.
+
+    Args:
+        elpd_i: ``xarray.DataArray``, an entry a datum, whose dims and labels the others have.
+        khat, effective_i: of the same shape.
+        num_draws: S, which sets the limit for k-hat.
+        log_weights: ``xarray.DataArray`` with the dims of the draws in front.
+    """
     from arviz_stats import utils
 
-    pointwise = xr.DataArray(elpd_i, dims=list(dims), coords=dict(coords), name="elpd_i")
+    pointwise, good = elpd_i.rename("elpd_i"), good_khat(num_draws)
     total, error, effective, _ = pointwise.azstats.loo_summary(pointwise.copy(data=effective_i))
     values: dict[str, Any] = {
         "elpd": float(total),
@@ -103,19 +107,18 @@ def elpd_data(
         "warning": bool((khat > good).any()),
         "good_k": good,
         "elpd_i": pointwise,
-        "pareto_k": xr.DataArray(khat, dims=list(dims), coords=dict(coords), name="pareto_shape"),
+        "pareto_k": elpd_i.copy(data=khat).rename("pareto_shape"),
         "approx_posterior": approximate,
     }
-    if log_weights is not None and draws is not None:
-        labels = {**draws, **coords}
-        values["log_weights"] = xr.DataArray(log_weights, dims=[*draws, *dims], coords=labels, name="log_weights")
+    if log_weights is not None:
+        values["log_weights"] = log_weights.rename("log_weights")
     if hasattr(utils, "ELPDDataLOO"):
         return utils.ELPDDataLOO(**values)
     return utils.ELPDData(kind="loo", **values)
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what drew, computed and wrote, by attribute name."""
+    """Return the versions of the libraries, by attribute name."""
     packages = {
         "creation_library": "pyro-hvae",
         "pyro": "pyro-ppl",
@@ -127,7 +130,7 @@ def library_versions() -> dict[str, str]:
 
 
 def ranked(results: Mapping[str, Any], method: str) -> Any:
-    """``arviz_stats.compare`` without the rounding of 1.x, and without what pandas 3.1 says of how 0.8 sorts."""
+    """Call ``arviz_stats.compare`` without the rounding of 1.x, and without a warning of pandas 3.1 in 0.8."""
     import arviz_stats
 
     exact = {"round_to": "none"} if "round_to" in inspect.signature(arviz_stats.compare).parameters else {}

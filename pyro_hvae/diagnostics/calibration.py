@@ -1,19 +1,19 @@
-r"""Whether a guide's draws are as uncertain as they should be, averaged over data that the model itself makes.
+r"""Check the calibration of a guide, averaged over data simulated from the model.
 
 If :math:`(z^*, x)` is drawn from the model and :math:`z_1,\ldots,z_L` from :math:`q(z|x)=p(z|x)`, then the rank of
-:math:`f(z^*)` among the :math:`f(z_l)` is uniform on 0, ..., L, for every function f, also of x.  Which f is looked at
-decides what can be seen:
+:math:`f(z^*)` among the :math:`f(z_l)` is uniform on 0, ..., L, for every function f, also of x.  The choice of f
+determines which errors are detected:
 
 - each coordinate of each latent, the ranks of simulation-based calibration (Talts, Betancourt, Simpson, Vehtari and
-  Gelman, 2018); they see every marginal, and no error between coordinates or layers;
+  Gelman, 2018); they detect errors of every marginal, and none between coordinates or layers;
 - ``log_joint``, log p(x, z), and ``log_q``, log q(z|x): the second is the rank of the highest-density region, whose
   uniformity is the expected coverage of credible regions (not of guides that draw sites of their own, as AutoGuides do,
-  where the density of the truth is not known);
-- ``tarp``, the distance to a random point, which sees any error that depends on the data (Sampling-Based Accuracy
+  where the density of the truth is unknown);
+- ``tarp``, the distance to a random point, which detects any error that depends on the data (Sampling-Based Accuracy
   Testing of Posterior Estimators for General Inference, Lemos, Coogan, Hezaveh and Perreault-Levasseur, 2023);
-- whatever the user passes, such as a product of two layers.
+- functions that the user passes, such as a product of two layers.
 
-An amortised guide answers for all simulated data in one pass; others are fitted to each simulation.
+An amortised guide is evaluated on all simulated data in one pass; others are fitted to each simulation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hvae.diagnostics.layers import data_first, draw_runs
 from pyro_hvae.diagnostics.uniformity import Uniformity, uniformity
-from pyro_hvae.traces import given, prior_guide, read, simulate, structure
-from pyro_hvae.traces.reading import total
+from pyro_hvae.problem import Layout, Problem, Run, of_pair, total
 
 __all__ = ["JOINT", "Calibration", "calibrate"]
 
@@ -54,24 +54,24 @@ class Calibration:
     alpha: float = 0.01
 
     def tests(self) -> dict[str, Uniformity]:
-        """Test of each coordinate, by name (``z1[0]``)."""
-        found = {}
+        """Test each coordinate; return the tests by name (``z1[0]``)."""
+        tests = {}
         for name, ranks in self.ranks.items():
             for index in np.ndindex(ranks.shape[1:]):
                 label = f"{name}[{','.join(map(str, index))}]" if index else name
-                found[label] = uniformity(ranks[(slice(None), *index)], self.num_draws)
-        return found
+                tests[label] = uniformity(ranks[(slice(None), *index)], self.num_draws)
+        return tests
 
     def failures(self) -> dict[str, str]:
-        """Quantities whose ranks are not uniform, with the direction in words, the worst first."""
+        """Return the quantities whose ranks are not uniform, with the direction in words, the worst first."""
         tests = sorted(self.tests().items(), key=lambda item: item[1].p_value)
-        found = {}
+        failures = {}
         for position, (name, test) in enumerate(tests):
             level = max(self.alpha / (len(tests) - position), 1.5 / 2001)  # the resolution of a p-value
             if test.p_value >= level:
                 break
-            found[name] = _in_words(name, test, level)
-        return found
+            failures[name] = _in_words(name, test, level)
+        return failures
 
     @property
     def passed(self) -> bool:
@@ -79,7 +79,7 @@ class Calibration:
         return not self.failures()
 
     def point_bias(self) -> dict[str, tuple[float, float]]:
-        """Asymmetry of each coordinate's ranks about the middle, (p-value, mean rank less a half, as a share).
+        """Return the asymmetry of each coordinate's ranks: (p-value, mean rank less a half, as a fraction).
 
         A point estimate such as the guide's mean may be good though its spread is not: it is unbiased, on average over
         data, where the ranks are symmetric (Yes, but Did It Work?: Evaluating Variational Inference, Yao, Vehtari,
@@ -87,7 +87,7 @@ class Calibration:
         """
         from scipy.stats import wilcoxon
 
-        found = {}
+        biases = {}
         for name, ranks in self.ranks.items():
             if name in JOINT:
                 continue
@@ -95,11 +95,11 @@ class Calibration:
                 label = f"{name}[{','.join(map(str, index))}]" if index else name
                 centred = (ranks[(slice(None), *index)] + 0.5) / (self.num_draws + 1) - 0.5
                 p_value = 1.0 if not centred.any() else float(wilcoxon(centred).pvalue)
-                found[label] = (p_value, float(centred.mean()))
-        return found
+                biases[label] = (p_value, float(centred.mean()))
+        return biases
 
     def to_datatree(self) -> Any:
-        """Ranks as probabilities in the group ``prior_sbc``, (chain, draw, event dims), for
+        """Return ranks as probabilities in the group ``prior_sbc``, (chain, draw, event dims), for
         ``arviz_plots.plot_ecdf_pit``; draws are simulations."""
         import xarray as xr
 
@@ -125,25 +125,24 @@ class Calibration:
         return (ranks + 0.5) / (self.num_draws + 1)
 
 
+@of_pair
 def calibrate(
-    model: Any,
-    guide: Any,
-    *args: Any,
+    problem: Problem,
+    *,
     num_draws: int = 99,
     num_simulations: int | None = None,
     quantities: Mapping[str, Quantity] | None = None,
     fit: Callable[..., Any] | None = None,
     alpha: float = 0.01,
     progress: bool = False,
-    **kwargs: Any,
 ) -> Calibration:
-    r"""Simulation-based calibration and expected coverage of a guide.
+    r"""Run simulation-based calibration of a guide, with its expected coverage.
 
     Args:
-        model, guide: Pyro programs, called with ``args`` and ``kwargs``, among which the observed data are; of those
-            only the shape matters, since the model draws others.
+        model, guide: Pyro programs, called with ``args`` and ``kwargs``, among which the observed data are; of
+            these only the shape matters, since the model simulates others.
         num_draws: L >= 9 draws of the guide for each simulation.
-        num_simulations: how many data sets; by default one, where the data of a plate are so many simulations (an
+        num_simulations: number of data sets; by default one, where the data of a plate are so many simulations (an
             amortised guide), and 100 with ``fit``.
         quantities: ``f(values, args)`` of values by site (..., N, *event) and the programs' arguments, giving (..., N).
         fit: ``fit(*args, **kwargs)`` trains and returns a guide for one simulated data set, ``guide`` if that is not
@@ -159,110 +158,130 @@ def calibrate(
             compare (one data set without a plate over its data).
 
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def narrow(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.3))
+        >>> from pyro_hvae.conjugate import guide, model
         >>> _ = torch.manual_seed(0)
-        >>> print(calibrate(model, narrow, torch.zeros(500)).failures()["z"])
+        >>> print(calibrate(model, guide(scale=0.3), torch.zeros(500)).failures()["z"])
         draws too narrow (p < 0.001)
     """
     if num_draws < 9:
-        raise ValueError(f"num_draws must be at least 9 for ranks to say something, got {num_draws}")
+        raise ValueError(f"num_draws must be at least 9 for a test of ranks, got {num_draws}")
     sets = (100 if fit is not None else 1) if num_simulations is None else num_simulations
     if sets < 1:
         raise ValueError(f"num_simulations must be at least 1, got {num_simulations}")
     collected: dict[str, list[Tensor]] = {}
+    prior = problem.prior()
     for _ in tqdm(range(sets), disable=not progress, desc="calibrate", unit="data set"):
-        truths, new_args, new_kwargs = simulate(model, args, kwargs)
-        answer = guide if fit is None else fit(*new_args, **new_kwargs)
-        for name, ranks in _ranks(model, answer, truths, new_args, new_kwargs, num_draws, quantities or {}).items():
-            collected.setdefault(name, []).append(ranks)
-    found = {name: torch.cat(parts).cpu().numpy() for name, parts in collected.items()}
-    size = min(map(len, found.values()))
+        simulated = problem.simulate()
+        pair = simulated.problem
+        if fit is not None:
+            pair = pair.with_guide(fit(*pair.args, **pair.kwargs))
+        with torch.no_grad():
+            ranks = _Ranks(pair, prior, simulated.values, num_draws)
+            by_name = ranks.of_latents() | ranks.of_densities() | {"tarp": ranks.of_distances()}
+            by_name |= ranks.of_quantities(quantities or {}, taken=set(by_name))
+        for name, rank in by_name.items():
+            collected.setdefault(name, []).append(rank)
+    joined = {name: torch.cat(parts).cpu().numpy() for name, parts in collected.items()}
+    size = min(map(len, joined.values()))
     if size < 20:
         raise ValueError(
             f"only {size} simulation(s) to compare: give num_simulations, or data in a plate common to all sites, each "
             "of which is a simulation"
         )
-    return Calibration(found, num_draws, alpha)
+    return Calibration(joined, num_draws, alpha)
 
 
-def _ranks(
-    model: Any,
-    guide: Any,
-    truths: Mapping[str, Tensor],
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    num_draws: int,
-    quantities: Mapping[str, Quantity],
-) -> dict[str, Tensor]:
-    """Ranks of the truths of one data set among the guide's draws: (data, *event) by quantity."""
-    with torch.no_grad():
-        drawn = read(model, guide, args, kwargs, num_particles=num_draws)
-        pair = structure(model, guide, args, dict(kwargs))
-        # Of a guide with sites of its own, such as an AutoGuide, nobody knows the density of the truth.
-        opaque = bool(pair.auxiliary)
-        at_truth = given(model, prior_guide(model) if opaque else guide, truths, args, kwargs)
-        shape = drawn.log_weights.shape[1:]
-        size = shape.numel()
-        found: dict[str, Tensor] = {}
-        true_values, draws = {}, {}
-        for name in pair.latent:
-            event = truths[name].shape[truths[name].dim() - at_truth.guide_trace.nodes[name]["fn"].event_dim :]
-            if truths[name].numel() != size * event.numel():
-                rest = truths[name].numel() // size
-                event = torch.Size([rest]) if rest * size == truths[name].numel() else event
-            true_values[name] = truths[name].reshape(size, *event)
-            draws[name] = drawn.values[name].reshape(num_draws, size, *event)
-            found[name] = _rank(true_values[name], draws[name])
-        joint = {"log_joint": tuple(total(reading.log_p) for reading in (at_truth, drawn))}
-        if not opaque:
-            joint["log_q"] = tuple(total(reading.log_q) for reading in (at_truth, drawn))
-        for name, (true, many) in joint.items():
-            found[name] = _rank(
-                true.expand(1, *shape).reshape(size), many.expand(num_draws, *shape).reshape(num_draws, size)
-            )
-        points = simulate(model, args, kwargs)[0]
-        found["tarp"] = _rank(*_distances(true_values, draws, points))
+class _Ranks:
+    """Ranks of the truths of one simulated data set among the guide's draws: ``(data, *event)``.
+
+    Args:
+        problem: the pair, with the simulated data and the guide to test.
+        prior: the model with its prior as the guide; it gives log p where the guide draws sites of its own.
+        truths: the latents that the data were simulated from.
+        num_draws: L.
+    """
+
+    def __init__(self, problem: Problem, prior: Problem, truths: Mapping[str, Tensor], num_draws: int) -> None:
+        self.problem, self.num_draws = problem, num_draws
+        # A guide with auxiliary sites, such as an AutoGuide, has no density of the truth in closed form.
+        self.opaque = bool(problem.structure.auxiliary)
+        evaluated = prior(*problem.args, **problem.kwargs) if self.opaque else problem
+        values = {name: truths[name] for name in evaluated.structure.drawn if name in truths}
+        self.at_truth = evaluated.run(1, values, draw_enumerated=True)
+        self.runs = list(draw_runs(problem, num_draws))
+        self.plates = self.runs[0].plates
+        self.latent = self.runs[0].structure.latent
+        self.truths = {name: self._laid_out(name, truths[name], Layout(self._nesting, 1))[0] for name in self.latent}
+        self.draws = {
+            name: torch.cat([self._laid_out(name, run.values[name], run.layout) for run in self.runs])
+            for name in self.latent
+        }
+        self.size = len(self.truths[self.latent[0]]) if self.latent else 1
+
+    @property
+    def _nesting(self) -> int:
+        return self.runs[0].structure.max_plate_nesting
+
+    def _laid_out(self, name: str, value: Tensor, layout: Layout) -> Tensor:
+        """Reshape a value of a site to ``(K, data, *other plates, *event)``."""
+        plates = [plate for plate in self.problem.structure.sites[name].plates if plate.dim is not None]
+        event_dim = self.problem.template.nodes[name]["fn"].event_dim
+        placed = layout.put(value, plates, value.shape[value.dim() - event_dim :])
+        return data_first(placed, plates, self.plates)
+
+    def of_latents(self) -> dict[str, Tensor]:
+        return {name: _rank(self.truths[name], self.draws[name]) for name in self.latent}
+
+    def of_densities(self) -> dict[str, Tensor]:
+        """Return the ranks of log p(x, z) and, where it has a closed form, of log q(z|x)."""
+        names = {"log_joint": "log_p"} | ({} if self.opaque else {"log_q": "log_q"})
+        ranks = {}
+        for label, attribute in names.items():
+            true, *many = (self._per_datum(run, attribute) for run in (self.at_truth, *self.runs))
+            ranks[label] = _rank(true[0], torch.cat(many))
+        return ranks
+
+    def _per_datum(self, run: Run, attribute: str) -> Tensor:
+        run = run.over(self.plates)
+        return run.shaped(total(getattr(run, attribute))).reshape(run.num_particles, -1)
+
+    def of_distances(self) -> Tensor:
+        """Return the ranks of the distance to a draw of the prior, each coordinate scaled by the sd of truth and draws.
+
+        The truth counts in the sd as each draw does, since the rank is uniform only if they are exchangeable.
+        """
+        points = self.problem.released()
+        distances: Any = 0.0
+        for name, true in self.truths.items():
+            together = torch.cat([true[None], self.draws[name]]).to(torch.get_default_dtype())
+            together = together.reshape(*together.shape[:2], -1)
+            point = self._laid_out(name, points.nodes[name]["value"], Layout(self._nesting, 1))
+            point = point.to(together).reshape(1, *together.shape[1:])
+            scale = together.std(0).clamp(min=torch.finfo(together.dtype).tiny ** 0.25)
+            distances = distances + (((together - point) / scale) ** 2).sum(-1)
+        return _rank(distances[0], distances[1:])
+
+    def of_quantities(self, quantities: Mapping[str, Quantity], taken: set[str]) -> dict[str, Tensor]:
+        ranks = {}
+        size, args = self.size, self.problem.args
         for name, quantity in quantities.items():
-            if name in found:
-                raise ValueError(f"quantity {name!r} has the name of what is ranked anyway: rename it")
-            true, many = quantity(true_values, args), quantity(draws, args)
-            if true.shape != (size,) or many.shape != (num_draws, size):
+            if name in taken:
+                raise ValueError(f"quantity {name!r} has the name of another quantity: rename it")
+            true, many = quantity(self.truths, args), quantity(self.draws, args)
+            if true.shape != (size,) or many.shape != (self.num_draws, size):
                 raise ValueError(
                     f"quantity {name!r} must map values (..., {size}, *event) to (..., {size}), got "
                     f"{tuple(true.shape)} and {tuple(many.shape)}"
                 )
-            found[name] = _rank(true, many)
-    return found
+            ranks[name] = _rank(true, many)
+        return ranks
 
 
 def _rank(true: Tensor, draws: Tensor) -> Tensor:
-    """How many draws lie below, ties broken at random."""
+    """Count the draws below, with ties broken at random."""
     below = (draws < true).sum(0)
     ties = (draws == true).sum(0)
     return below + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).floor().to(below.dtype)
-
-
-def _distances(
-    true: Mapping[str, Tensor], draws: Mapping[str, Tensor], points: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Distances of truth and draws to points of the prior, in standard deviations of the draws."""
-    to_true: Any = 0.0
-    to_draws: Any = 0.0
-    for name, value in true.items():
-        values = value.to(torch.get_default_dtype()).reshape(len(value), -1)
-        many = draws[name].reshape(len(draws[name]), *values.shape).to(values)
-        point = points[name].reshape(values.shape).to(values)
-        scale = many.std(0).clamp(min=torch.finfo(values.dtype).tiny ** 0.25)
-        to_true = to_true + (((values - point) / scale) ** 2).sum(-1)
-        to_draws = to_draws + (((many - point) / scale) ** 2).sum(-1)
-    return to_true, to_draws
 
 
 def _in_words(name: str, test: Uniformity, level: float) -> str:

@@ -1,29 +1,30 @@
-r"""Draws of a guide, of several, or of a sampler, as an ArviZ ``DataTree``: a variational posterior is inspected as a
-sampled one is.
+r"""Collect draws of one guide, of several, or of a sampler in an ArviZ ``DataTree``.
 
-Draws stand as ``(chain, draw)``.  A chain is a guide trained independently of the others, or a chain of a sampler:
-R-hat and effective sample size of the independent draws of a single guide say nothing, so call
+Draws have dims ``(chain, draw)``.  A chain is a guide trained independently of the others, or a chain of a sampler:
+R-hat and effective sample size have no meaning for independent draws of a single guide, so call
 ``arviz_stats.summary(tree, kind="stats")`` there; across guides, R-hat compares the runs.  Further dims are named from
 the plates, and from ``infer={"event_dims": [...]}`` of a site, as NumPyro's converter does.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro.infer.mcmc.api import AbstractMCMC
 from tqdm.auto import tqdm
 
 from pyro_hvae.diagnostics.arviz_versions import dataset, library_versions
 from pyro_hvae.diagnostics.groups import Groups
-from pyro_hvae.diagnostics.sources import Source, sources_of
+from pyro_hvae.diagnostics.sources import Source, problems_of, sources_of, sources_of_sampler
 from pyro_hvae.diagnostics.stores import open_store
+from pyro_hvae.problem import Problem
+from pyro_hvae.weights import chunks
 
-__all__ = ["GROUPS", "to_datatree"]
+__all__ = ["GROUPS", "collect", "to_datatree"]
 
 GROUPS = (
     "posterior",
@@ -40,12 +41,12 @@ GROUPS = (
 """The groups of a tree."""
 
 CHUNK_BYTES = 2**25
-"""Bytes of values and densities that run at once, where ``chunk_size`` is not given."""
+"""Bytes of values and densities that run at once by default."""
 
 
 def to_datatree(
     model: Any,
-    guide: Any,
+    guide: Any = None,
     *args: Any,
     num_draws: int = 1000,
     groups: Sequence[str] | None = None,
@@ -61,7 +62,9 @@ def to_datatree(
     ========================= ===============================================================================
     group                     content (all log-densities in nats)
     ========================= ===============================================================================
-    posterior                 each latent and deterministic site, (chain, draw, its plates, its event dims)
+    posterior                 each latent and deterministic site, (chain, draw, its plates, its event dims); what the
+                              model sums out is drawn from its posterior given the other draws, what the guide
+                              enumerates from the guide
     unconstrained_posterior   continuous latents, mapped from their support to the real line
     sample_stats              ``lp`` = log p(x, z) and ``log_q`` = log q(z|x), summed over all sites, (chain, draw);
                               ``log_weight``, their difference by datum, (chain, draw, plates common to all sites);
@@ -69,9 +72,9 @@ def to_datatree(
                               of a sampler ``lp`` and ``diverging``
     log_likelihood            log p(x|z) of each observed site, in no scale, pointwise (chain, draw, its plates)
     log_prior                 log p(z|its parents) of each latent site, in no scale, pointwise
-    posterior_predictive      a draw of each observed site given the latents
+    posterior_predictive      a draw of each observed site given those draws
     prior, prior_predictive   draws of the model with nothing observed, as many
-    observed_data             what was observed
+    observed_data             the observed data
     constant_data             the other arguments that are tensors, as covariates
     ========================= ===============================================================================
 
@@ -79,13 +82,14 @@ def to_datatree(
     in Pyro, and nothing else does.
 
     Args:
-        model: Pyro program, called with ``args`` and ``kwargs``; or one for each guide, trained together with it.
+        model: Pyro program, called with ``args`` and ``kwargs``; or one for each guide, trained together with it; or a
+            bound :class:`~pyro_hvae.problem.Problem`, and nothing else then.
         guide: Pyro program; a list of guides trained independently, which become chains; or a
-            ``pyro.infer.MCMC`` that has run, whose chains and draws are taken as they are.
+            ``pyro.infer.MCMC`` that has run, whose chains and draws are used.
         num_draws: S >= 1 of each guide; a sampler has its own.
-        groups: those wanted, from :data:`GROUPS`; all by default, but for the prior's where it is improper.
-        chunk_size: how many draws run at once; by default so many that their values take some 30 MB.  1 runs programs
-            that can't be vectorised.
+        groups: names from :data:`GROUPS`; all by default, without the prior's where it is improper.
+        chunk_size: number of draws that run at once; by default their values take some 30 MB.  With 1, programs that
+            can't be vectorised run too.
         path: write the draws to this file, ``.nc`` or ``.zarr``, chunk by chunk, instead of holding them in memory.
         progress: show a bar.
         coords: labels by dim name; by default 0, 1, ..., or the indices that a plate's ``subsample=`` shows.
@@ -96,48 +100,65 @@ def to_datatree(
 
     Raises:
         ValueError: for ``num_draws < 1``, unknown groups or labels that do not fit, programs that do not fit each
-            other, a plate that draws a new minibatch at each run, sites that are not the same at each draw.
+            other, sites that are not the same at each draw, or states that are summed out and all have probability 0.
         FileExistsError: if there is something at ``path``.
 
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.7))
-        >>> tree = to_datatree(model, guide, torch.zeros(3), num_draws=10)
+        >>> from pyro_hvae.conjugate import guide, model
+        >>> tree = to_datatree(model, guide(), torch.zeros(3), num_draws=10)
         >>> dict(tree["posterior"].sizes)
         {'chain': 1, 'draw': 10, 'data': 3}
         >>> tree["sample_stats"]["log_q_z"].dims
         ('chain', 'draw', 'data')
     """
-    wanted = _wanted(groups)
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if chunk_size is not None:
+        chunks(num_draws, chunk_size)
+    labels = _Labels({} if coords is None else dict(coords), dims)
     with torch.no_grad():
-        sources = sources_of(model, guide, args, kwargs, num_draws, dims)
-        first = sources[0]
-        num_draws = first.num_draws
-        left_out = _improper_prior(first, wanted, asked=groups is not None)
-        wanted -= left_out
-        naming = _Naming(first, _bound(first.model, args, kwargs), coords, dims, wanted, left_out)
-        size = min(num_draws, chunk_size or max(1, CHUNK_BYTES // (len(sources) * first.layout.bytes_a_draw)))
-        store = open_store(path, naming.tree, num_draws)
-        try:
-            with tqdm(total=num_draws, disable=not progress, desc="to_datatree", unit="draw") as bar:
-                for start in range(0, num_draws, size):
-                    count = min(size, num_draws - start)
-                    store.append(start, _together([source.draw(start, count, wanted) for source in sources]))
-                    bar.update(count)
-            return store.finish()
-        except BaseException:
-            store.discard()
-            raise
+        if isinstance(guide, AbstractMCMC):
+            sources = sources_of_sampler(Problem(model, None, args, kwargs), guide, dims)
+        else:
+            sources = sources_of(problems_of(model, guide, args, kwargs), num_draws, dims)
+        return collect(sources, groups, labels, chunk_size, path, progress)
+
+
+class _Labels(NamedTuple):
+    """Names from the caller: labels by dim, and dims by site."""
+
+    coords: dict[str, Any]
+    dims: Mapping[str, Sequence[str]] | None
+
+
+def collect(
+    sources: Sequence[Source],
+    groups: Sequence[str] | None = None,
+    labels: _Labels | None = None,
+    chunk_size: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Any:
+    """Build the tree of sources, each a chain; arguments as in :func:`to_datatree`."""
+    first, wanted = sources[0], _wanted(groups)
+    left_out = _improper_prior(first, wanted, asked=groups is not None)
+    wanted -= left_out
+    naming = _Naming(first, labels or _Labels({}, None), wanted, left_out)
+    if first.kind == "guide" and len(sources) > 1:
+        naming.attrs["models"] = len({id(source.problem.model) for source in sources})
+    store = open_store(path, naming.tree, first.num_draws)
+    size = chunk_size or max(1, CHUNK_BYTES // (len(sources) * first.sites.draw_bytes))
+    start = 0
+    try:
+        with tqdm(total=first.num_draws, disable=not progress, desc="to_datatree", unit="draw") as bar:
+            for count in chunks(first.num_draws, size):
+                store.append(start, _together([source.draw(start, count, wanted) for source in sources]))
+                start += count
+                bar.update(count)
+        return store.finish()
+    except BaseException:
+        store.discard()
+        raise
 
 
 def _wanted(groups: Sequence[str] | None) -> frozenset[str]:
@@ -150,7 +171,7 @@ def _wanted(groups: Sequence[str] | None) -> frozenset[str]:
 
 
 def _improper_prior(source: Source, wanted: frozenset[str], *, asked: bool) -> frozenset[str]:
-    """The groups of a prior that has no draws."""
+    """Return the groups of an improper prior, which has no draws."""
     prior = wanted & {"prior", "prior_predictive"}
     if not prior or asked or source.can_draw_prior():
         return frozenset()
@@ -158,72 +179,41 @@ def _improper_prior(source: Source, wanted: frozenset[str], *, asked: bool) -> f
 
 
 def _together(parts: list[Groups]) -> Groups:
-    """One chunk of every chain, as ``(chain, draw, ...)``."""
+    """Stack one chunk of every chain: ``(chain, draw, ...)``."""
     first = parts[0]
     if any({k: set(v) for k, v in part.items()} != {k: set(v) for k, v in first.items()} for part in parts):
         raise ValueError("the guides do not draw the same sites, so they can't be chains of one tree")
     return {group: {name: np.stack([part[group][name] for part in parts]) for name in first[group]} for group in first}
 
 
-def _bound(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by the names that the model gives them."""
-    try:
-        found = inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs)
-    except (TypeError, ValueError):
-        return {**{f"argument_{i}": value for i, value in enumerate(args)}, **kwargs}
-    named: dict[str, Any] = {}
-    for name, value in found.arguments.items():
-        kind = found.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            named |= {f"{name}_{i}": part for i, part in enumerate(value)}
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            named |= value
-        else:
-            named[name] = value
-    return named
-
-
 class _Naming:
-    """Names, labels and attributes: what makes a tree of arrays."""
+    """Names, labels and attributes of a tree."""
 
     def __init__(
-        self,
-        source: Source,
-        bound: Mapping[str, Any],
-        coords: Mapping[str, Any] | None,
-        dims: Mapping[str, Sequence[str]] | None,
-        wanted: frozenset[str],
-        left_out: frozenset[str],
+        self, source: Source, labels: _Labels, wanted: frozenset[str], left_out: frozenset[str]
     ) -> None:
-        self.layout, self.wanted = source.layout, wanted
+        self.sites, self.wanted = source.sites, wanted
         self.observed = source.observed() if "observed_data" in wanted else {}
-        self.constant, self.constant_dims = source.constant(bound, dims) if "constant_data" in wanted else ({}, {})
+        self.constant, self.constant_dims = source.constant(labels.dims) if "constant_data" in wanted else ({}, {})
         self.unconstrained = source.unconstrained_names()
-        self.coords = {} if coords is None else dict(coords)
-        known = {dim for site in self.layout.sites.values() for dim in site.dims} | {"chain", "draw"}
-        known |= {dim for names in self.constant_dims.values() for dim in names}
-        known |= {dim for names in self.unconstrained.values() for dim in names}
-        unknown = sorted(set(self.coords) - known)
+        tree_dims = {dim for site in self.sites.sites.values() for dim in site.dims} | {"chain", "draw"}
+        tree_dims |= {dim for names in self.constant_dims.values() for dim in names}
+        tree_dims |= {dim for names in self.unconstrained.values() for dim in names}
+        unknown = sorted(set(labels.coords) - tree_dims)
         if unknown:
-            raise ValueError(f"coords labels {unknown}, which are no dims of the tree; there are {sorted(known)}")
-        self.coords = source.indices | self.coords
-        self.attrs = {
-            "creation_library": "pyro_hvae",
-            "model": _title(source.model),
-            "guide": source.title,
-            "draws": source.kind,
-            "plate_scale": source.plate_scale,
-            **library_versions(),
-        }
+            raise ValueError(f"coords labels {unknown}, which are no dims of the tree; there are {sorted(tree_dims)}")
+        self.coords = source.indices | labels.coords
+        self.attrs = {"creation_library": "pyro_hvae", **source.attrs, **library_versions()}
         if left_out:
             self.attrs["left_out"] = f"{', '.join(sorted(left_out))}: the prior is improper"
 
     def tree(self, groups: Groups) -> Any:
+        """Build the tree of these arrays."""
         import xarray as xr
 
         made = {name: dataset(values, self._dims(name, values), self.coords) for name, values in groups.items()}
         for name, values, dims in (
-            ("observed_data", self.observed, {k: self.layout.sites[k].dims for k in self.observed}),
+            ("observed_data", self.observed, {k: self.sites[k].dims for k in self.observed}),
             ("constant_data", self.constant, self.constant_dims),
         ):
             if name in self.wanted and values:
@@ -234,21 +224,16 @@ class _Naming:
         return tree
 
     def _dims(self, group: str, values: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
-        sites = self.layout.sites
         if group == "unconstrained_posterior":
             return self.unconstrained
         if group in ("log_likelihood", "log_prior"):
-            return {name: sites[name].plate_names for name in values}
+            return {name: self.sites[name].plate_names for name in values}
         if group == "sample_stats":
-            named = {"log_weight": [plate.name for plate in self.layout.common]}
+            named = {"log_weight": [plate.name for plate in self.sites.common]}
             for name in values:
                 for prefix in ("log_q_", "log_factor_"):
-                    site = sites.get(name.removeprefix(prefix))
-                    if name.startswith(prefix) and site is not None:
-                        named[name] = site.plate_names
+                    site = name.removeprefix(prefix)
+                    if name.startswith(prefix) and site in self.sites:
+                        named[name] = self.sites[site].plate_names
             return named
-        return {name: sites[name].dims for name in values}
-
-
-def _title(program: Callable[..., Any]) -> str:
-    return getattr(program, "__name__", None) or type(program).__name__
+        return {name: self.sites[name].dims for name in values}

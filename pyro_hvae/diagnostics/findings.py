@@ -1,177 +1,79 @@
-"""One call that asks a guide everything, and says in words what to trust."""
+"""Findings in words, from numbers about a posterior."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from pyro.infer import MCMC
+import numpy as np
 
-from pyro_hvae.diagnostics.calibration import Calibration, calibrate
-from pyro_hvae.diagnostics.datatree import to_datatree
-from pyro_hvae.diagnostics.information import COLLAPSED_INFORMATION, layers
-from pyro_hvae.diagnostics.khat import KHats, khats
-from pyro_hvae.diagnostics.report import LEVELS, Finding, Report
-from pyro_hvae.evidence import evidence_sandwich
-from pyro_hvae.traces import log_weights, read, structure
+from pyro_hvae.diagnostics.calibration import Calibration
+from pyro_hvae.diagnostics.information import COLLAPSED_INFORMATION
+from pyro_hvae.diagnostics.khat import KHats
+from pyro_hvae.diagnostics.moments import RATIO, SHIFT, Moments
+from pyro_hvae.diagnostics.report import Finding
 
-__all__ = ["diagnose"]
+__all__ = [
+    "bracket_finding",
+    "calibration_findings",
+    "draws_findings",
+    "ess_findings",
+    "finite_findings",
+    "khat_findings",
+    "layer_findings",
+    "point_finding",
+    "predictive_findings",
+    "rhat_findings",
+]
 
 _KHAT = "Pareto Smoothed Importance Sampling, Vehtari et al., 2024"
 _UNITS = "Importance Weighted Autoencoders, Burda et al., 2016"
 _RHAT = "Rank-Normalization, Folding, and Localization: An Improved R-hat, Vehtari et al., 2021"
 _SBC = "Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018"
+_PPC = "Posterior Predictive Assessment of Model Fitness via Realized Discrepancies, Gelman et al., 1996"
 _RHAT_LIMIT = 1.01
 _ESS_SHARE = 0.01
+_PPC_LEVEL = 0.01
 
 
-def diagnose(
-    model: Any,
-    guide: Any,
-    *args: Any,
-    num_draws: int = 1000,
-    calibration: bool = False,
-    evidence: bool = False,
-    num_chains: int = 16,
-    betas: int = 100,
-    **kwargs: Any,
-) -> Report:
-    r"""Say what of a guide's posterior can be trusted.
-
-    Looks at NaN and infinite densities, k-hat of all data, of each datum and each layer, the effective sample size of
-    the weights, collapsed layers and, on request, calibration over simulated data and a bracket of the evidence.
-
-    Args:
-        model, guide: Pyro programs, called with ``args`` and ``kwargs``.  A list of guides trained independently is
-            compared by R-hat, and the first is looked at; ``model`` may then be a list too.
-        num_draws: S >= 100 draws of the guide.
-        calibration: also simulate data and look at the ranks; for guides that are amortised.
-        evidence: also bracket log p(x) by annealing both ways, at the cost of ``num_chains`` chains of ``betas``
-            temperatures a datum, from the guide, or from the prior where the guide has auxiliary variables.
-
-    Returns:
-        :class:`~pyro_hvae.diagnostics.Report`, findings ordered from the worst.
-
-    Raises:
-        ValueError: for ``num_draws < 100``, an empty list of guides, another number of models, a sampler in the
-            place of a guide, or programs that do not fit each other.
-
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def narrow(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.3))
-        >>> _ = torch.manual_seed(0)
-        >>> report = diagnose(model, narrow, torch.randn(50))
-        >>> report.worst, report.findings[0].what.split(":")[0]
-        ('wrong', 'k-hat of each datum')
-    """
-    if num_draws < 100:
-        raise ValueError(f"num_draws must be at least 100 for k-hat to mean something, got {num_draws}")
-    several = isinstance(guide, Sequence)
-    if isinstance(guide, MCMC):
-        raise ValueError(
-            "guide is a sampler, whose draws have no weights to judge them by: look at R-hat and ESS, "
-            "arviz_stats.summary(to_datatree(model, sampler, ...))"
-        )
-    if several and not guide:
-        raise ValueError("guide is an empty list; give a guide, or some that were trained independently")
-    models = list(model) if isinstance(model, Sequence) else [model] * (len(guide) if several else 1)
-    if len(models) != (len(guide) if several else 1):
-        raise ValueError(f"{len(models)} models come with {len(guide) if several else 1} guide(s): give one for each")
-    first_model, first = models[0], guide[0] if several else guide
-    numbers: dict[str, Any] = {}
-    findings = _finite(first_model, first, args, kwargs, num_draws, numbers)
-    pair = structure(first_model, first, args, kwargs)
-    unit = "nats a datum" if pair.common else "nats"
-    points = [name for name in pair.latent if pair.sites[name].guide_distribution == "Delta"]
-    if not findings and pair.drawn and set(pair.drawn) <= set(points):
-        findings = [_estimate(points)]
-    elif not findings:
-        hats = khats(first_model, first, *args, num_draws=num_draws, **kwargs)
-        numbers["khat"] = hats.to_dataset()
-        findings += _khat(hats) + _sizes(numbers["ess"], num_draws)
-        findings += _layers(first_model, first, args, kwargs, numbers)
-        if calibration:
-            found = calibrate(first_model, first, *args, **kwargs)
-            numbers["calibration"] = found.failures()
-            findings += _calibration(found)
-        if evidence:
-            # A guide with variables of its own, that are not the latents in other coordinates, is no place to start.
-            start = None if pair.auxiliary and set(points) != set(pair.latent) else first
-            bracket = evidence_sandwich(first_model, start, *args, num_chains=num_chains, betas=betas, **kwargs)
-            numbers["evidence"] = {"lower": bracket.lower, "upper": bracket.upper}
-            findings.append(_bracket(bracket, numbers["elbo"], unit))
-        if several and len(guide) > 1:
-            findings += _restarts(models, guide, args, kwargs, num_draws, numbers, unit)
-    ordered = sorted(findings, key=lambda finding: LEVELS.index(finding.level))
-    return Report(tuple(ordered), numbers)
-
-
-def _finite(
-    model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], num_draws: int, numbers: dict[str, Any]
-) -> list[Finding]:
-    """Densities that are no numbers, by site; else what the weights say of themselves."""
-    with torch.no_grad():
-        reading = read(model, guide, args, kwargs, num_particles=16)
-        broken = {
-            name: int((~torch.isfinite(term)).sum())
-            for terms in (reading.log_p, reading.log_q)
-            for name, term in terms.items()
-            if not bool(torch.isfinite(term).all())
-        }
+def finite_findings(tree: Any) -> list[Finding]:
+    """Report densities that are NaN or infinite, by site; else log-weights."""
+    broken: dict[str, int] = {}
+    for group in ("log_prior", "log_likelihood", "sample_stats"):
+        for label, values in (tree[group].data_vars.items() if group in tree.children else ()):
+            name = str(label).removeprefix("log_factor_").removeprefix("log_q_")
+            if group == "sample_stats" and name == label:  # a total
+                continue
+            wrong = int((~np.isfinite(values.values)).sum())
+            if wrong:
+                broken[name] = broken.get(name, 0) + wrong
     if broken:
         return [
             Finding(
                 "wrong",
                 "densities that are no finite number: " + ", ".join(f"{name} ({n})" for name, n in broken.items()),
-                "nothing else can be judged: a draw of the guide has probability zero under the model, or a parameter "
-                "is NaN",
+                "nothing else can be judged: a draw has probability zero under the model, or a parameter is NaN",
                 "look at the parameters and the support of these sites; a scale may have gone to 0, or the learning "
                 "rate may be too high",
             )
         ]
-    weights = log_weights(model, guide, *args, num_particles=num_draws, chunk_size=_chunk(reading), **kwargs)
-    flat = weights.reshape(num_draws, -1)
-    if not bool(torch.isfinite(flat).all()):
-        wrong = int((~torch.isfinite(flat)).sum())
-        return [
-            Finding(
-                "wrong",
-                f"log-weights that are no finite number: {wrong} of {flat.numel()}",
-                "nothing else can be judged: rare draws of the guide have probability zero or no density at all under "
-                "the model",
-                "look for what the model forbids or can't compute far out in the guide's tails",
-            )
-        ]
-    ess = torch.exp(2 * flat.logsumexp(0) - (2 * flat).logsumexp(0))
-    numbers["elbo"] = float(flat.mean(0).mean())
-    numbers["ess"] = ess
-    return []
-
-
-def _sizes(ess: Any, num_draws: int) -> list[Finding]:
-    few = int((ess < _ESS_SHARE * num_draws).sum())
-    if not few:
+    stats = tree.children.get("sample_stats", {})
+    values = np.concatenate([stats[name].values.ravel() for name in ("log_weight", "lp") if name in stats] or [[0.0]])
+    wrong = int((~np.isfinite(values)).sum())
+    if not wrong:
         return []
     return [
         Finding(
-            "doubtful",
-            f"effective sample size: {few} of {ess.numel()} data rest on fewer than {_ESS_SHARE:.0%} of "
-            f"{num_draws} draws",
-            "importance-weighted averages and evidence rest on a handful of draws there",
-            "more draws, or a better guide where k-hat is large too",
+            "wrong",
+            f"log-weights or densities that are no finite number: {wrong} of {values.size}",
+            "nothing else can be judged: draws have probability zero or no density under the model",
+            "look for what the model forbids or can't compute far out in the guide's tails",
         )
     ]
 
 
-def _estimate(names: list[str]) -> Finding:
+def point_finding(names: Iterable[str]) -> Finding:
+    """Report a guide that is a point estimate."""
     return Finding(
         "wrong",
         f"a point estimate: the guide puts all its mass at one value of {', '.join(names)}",
@@ -180,74 +82,148 @@ def _estimate(names: list[str]) -> Finding:
     )
 
 
-def _chunk(reading: Any) -> int:
-    return max(1, 20_000 // max(1, reading.log_weights[0].numel()))
+def khat_findings(hats: KHats) -> list[Finding]:
+    """Report whether weights can correct the draws: of each datum, of the whole posterior, and by layer.
 
-
-def _khat(found: KHats) -> list[Finding]:
-    findings, good = [], found.good
-    if found.per_datum is not None:
-        flagged = int((found.per_datum > good).sum())
-        total = found.per_datum.numel()
-        median = float(found.per_datum.median())
-        text = f"k-hat of each datum: {flagged} of {total} above {good:.2f}, median {_number(median)}"
-        if flagged:
-            level = "wrong" if flagged > total / 10 else "doubtful"
-            findings.append(
-                Finding(
-                    level,
-                    text,
-                    "the guide misses a part of these data's posteriors, and importance weights can't repair it",
-                    "a richer guide (full covariance, a flow, a ladder), more training of the guide alone (WakePhase), "
-                    "or a refinement for each datum (posterior_gap tells which of the two)",
-                    _KHAT,
-                )
-            )
-        else:
-            findings.append(Finding("good", text, "importance weights can correct the guide's draws", "", _KHAT))
-    else:
-        value = float(found.joint)
-        text = f"k-hat: {_number(value)} (limit {good:.2f})"
-        if value > good:
-            findings.append(
-                Finding(
-                    "wrong" if value > 1 else "doubtful",
-                    text,
-                    "the guide misses a part of the posterior, and importance weights can't repair it",
-                    "a guide that knows of the dependencies (AutoMultivariateNormal, a flow), another parameterisation "
-                    "(non-centred), or MCMC",
-                    _KHAT,
-                )
-            )
-        else:
-            findings.append(Finding("good", text, "importance weights can correct the guide's draws", "", _KHAT))
-    bad = [name for name, value in found.per_layer.items() if float((value > good).double().mean()) > 0.1]
-    if bad and len(found.per_layer) > 1:
-        findings.append(
-            Finding(
-                "doubtful",
-                f"k-hat of layers: {', '.join(bad)} above {good:.2f} for more than a tenth of the data",
-                f"what is wrong in a layer shows in it and in those drawn before it: look at {bad[-1]} first",
-                f"a richer kernel for {bad[-1]}",
-                _KHAT,
-            )
-        )
-    return findings
-
-
-def _layers(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], numbers: dict[str, Any]) -> list[Finding]:
-    pair = structure(model, guide, args, kwargs)
-    local = [name for name in pair.latent if pair.common and set(pair.common) <= set(pair.sites[name].plates)]
-    if not local or any(pair.sites[name].guide_distribution == "Delta" for name in local):
-        return []
-    if math.prod(plate.size for plate in pair.common) < 2:  # nothing to vary over
-        return []
-    try:
-        found = numbers["layers"] = layers(model, guide, *args, **kwargs)
-    except NotImplementedError:  # a distribution without a mean or a density at another's draws
-        return []
+    Where no latent is shared by the data, the joint k-hat grows with the number of data and is left out.
+    """
     findings = []
-    collapsed = [str(name) for name in found.layer.values[found.collapsed.values]]
+    if hats.per_datum is not None:
+        findings.append(_of_each_datum(hats))
+    if hats.per_datum is None or hats.given:
+        findings.append(_of_all(hats))
+    return findings + _layers_by_khat(hats)
+
+
+def _of_each_datum(hats: KHats) -> Finding:
+    assert hats.per_datum is not None
+    flagged, total = int((hats.per_datum > hats.good).sum()), hats.per_datum.numel()
+    held = f" given {', '.join(hats.given)}" if hats.given else ""
+    median = hats.number(float(hats.per_datum.median()))
+    what = f"k-hat of each datum{held}: {flagged} of {total} above {hats.good:.2f}, median {median}"
+    if not flagged:
+        return Finding("good", what, "the draws once weighted can be trusted", "", _KHAT)
+    return Finding(
+        "wrong" if flagged > total / 10 else "doubtful",
+        what,
+        "the guide misses a part of these data's posteriors, and importance weights can't repair it",
+        "a richer guide (full covariance, a flow, a ladder), more training of the guide alone (WakePhase), or a "
+        "refinement for each datum (posterior_gap tells which of the two)",
+        _KHAT,
+    )
+
+
+def _of_all(hats: KHats) -> Finding:
+    value = float(hats.joint)
+    what = f"k-hat of the whole posterior: {hats.number(value)} (limit {hats.good:.2f})"
+    if value <= hats.good:
+        return Finding("good", what, "the draws once weighted can be trusted", "", _KHAT)
+    return Finding(
+        "wrong" if value > 1 else "doubtful",
+        what,
+        "the guide misses a part of the posterior, and importance weights can't repair it",
+        "a guide that knows of the dependencies (AutoMultivariateNormal, a flow), another parameterisation "
+        "(non-centred), or MCMC",
+        _KHAT,
+    )
+
+
+def _layers_by_khat(hats: KHats) -> list[Finding]:
+    bad = [name for name, value in hats.per_layer.items() if float((value > hats.good).double().mean()) > 0.1]
+    if not bad or len(hats.per_layer) < 2:
+        return []
+    local = all(hats.per_layer[name].dim() for name in bad)
+    share = " for more than a tenth of the data" if local else ""
+    return [
+        Finding(
+            "doubtful",
+            f"k-hat of layers: {', '.join(bad)} above {hats.good:.2f}{share}",
+            f"what is wrong in a layer shows in it and in those drawn before it: look at {bad[-1]} first",
+            f"a richer kernel for {bad[-1]}",
+            _KHAT,
+        )
+    ]
+
+
+def ess_findings(ess: np.ndarray, num_draws: int) -> list[Finding]:
+    """Report weights with a small effective sample size."""
+    few = int((ess < _ESS_SHARE * num_draws).sum())
+    if not few:
+        return []
+    who = "the whole posterior rests" if ess.ndim == 0 else f"{few} of {ess.size} data rest"
+    return [
+        Finding(
+            "doubtful",
+            f"effective sample size: {who} on fewer than {_ESS_SHARE:.0%} of {num_draws} draws",
+            "importance-weighted averages and evidence rest on a handful of draws there",
+            "more draws, or a better guide where k-hat is large too",
+        )
+    ]
+
+
+def draws_findings(moments: Mapping[str, Moments]) -> list[Finding]:
+    """Report whether the draws may be used without weights."""
+    if not moments:
+        return []
+    off = {name: one for name, one in moments.items() if one.off > 0.05 * one.entries}
+    if not off:
+        return [
+            Finding(
+                "good",
+                f"the draws as they are: means within {SHIFT:g} sd and sds within a factor of {RATIO:g} of the "
+                "weighted draws",
+                "the guide's own means and uncertainties are the posterior's, as far as weights tell",
+            )
+        ]
+    severe = any(one.severe > 0.1 * one.entries for one in off.values())
+    words = [one.words(name) for name, one in sorted(off.items(), key=lambda item: -item[1].off / item[1].entries)]
+    more = f", and of {len(words) - 4} more sites" if len(words) > 4 else ""
+    return [
+        Finding(
+            "wrong" if severe else "doubtful",
+            f"the draws as they are: {'; '.join(words[:4])}{more}",
+            "used without weights, the draws have other means or uncertainties than the posterior",
+            "weigh the draws (smoothed_weights), draw them again by weight (resample), or train the guide further",
+        )
+    ]
+
+
+def predictive_findings(checks: Mapping[str, Any], num_draws: int, weighted: bool) -> list[Finding]:
+    """Report test quantities in which replicates differ from the data.
+
+    Args:
+        checks: tables of :func:`~pyro_hvae.diagnostics.predictive_check` by observed site.
+        num_draws: number of independent replicates.
+        weighted: whether replicates are those of the weighted draws.
+    """
+    total = sum(len(table) for table in checks.values())
+    odd = []
+    for name, table in checks.items():
+        for quantity, p_value in table["p_value"].items():
+            share = (num_draws * p_value + 0.5) / (num_draws + 1)  # an estimate of 0 is no probability of 0
+            if 2 * min(share, 1 - share) < _PPC_LEVEL / total:
+                odd.append(f"{quantity} of {name} (p = {p_value:.3f})")
+    if not total:
+        return []
+    if not odd:
+        return [Finding("good", "predictive checks: replicates look like the data in all quantities", "", "", _PPC)]
+    return [
+        Finding(
+            "doubtful",
+            f"predictive checks: replicates differ from the data in {', '.join(odd)}",
+            "the model with its posterior does not make such data"
+            if weighted
+            else "the model at these draws does not make such data; weights can't tell whether the draws are to blame",
+            "look at the likelihood of that site: its spread, tails, zeros; predictive_check takes other quantities",
+            _PPC,
+        )
+    ]
+
+
+def layer_findings(table: Any) -> list[Finding]:
+    """Report collapsed layers, few active units, and information at its limit."""
+    findings = []
+    collapsed = [str(name) for name in table.layer.values[table.collapsed.values]]
     if collapsed:
         findings.append(
             Finding(
@@ -259,19 +235,16 @@ def _layers(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], numbers
                 _UNITS,
             )
         )
-    mostly = [
-        f"{name} ({int(active)} of {int(units)})"
-        for name, active, units, gone in zip(
-            found.layer.values, found.active_units.values, found.units.values, found.collapsed.values, strict=True
-        )
-        if not gone and active < units / 2
-    ]
+    rows = zip(
+        table.layer.values, table.active_units.values, table.units.values, table.collapsed.values, strict=True
+    )
+    mostly = [f"{name} ({int(few)} of {int(units)})" for name, few, units, gone in rows if not gone and few < units / 2]
     if mostly:
         findings.append(
             Finding("note", f"few active units: {', '.join(mostly)}", "the other units repeat the prior", "", _UNITS)
         )
-    limit = found.attrs["information_limit"]
-    full = [str(name) for name in found.layer.values[found.mutual_information.values > 0.95 * limit]]
+    limit = table.attrs["information_limit"]
+    full = [str(name) for name in table.layer.values[table.mutual_information.values > 0.95 * limit]]
     if full:
         findings.append(
             Finding(
@@ -284,16 +257,17 @@ def _layers(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any], numbers
     return findings
 
 
-def _calibration(found: Calibration) -> list[Finding]:
-    failures = found.failures()
+def calibration_findings(calibration: Calibration) -> list[Finding]:
+    """Report ranks that are not uniform."""
+    failures = calibration.failures()
     if not failures:
         return [Finding("good", "calibration: ranks of simulated truths are uniform", "", "", _SBC)]
-    shown = list(failures.items())[:4]
-    more = f", and {len(failures) - len(shown)} more" if len(failures) > len(shown) else ""
+    listed = list(failures.items())[:4]
+    more = f", and {len(failures) - len(listed)} more" if len(failures) > len(listed) else ""
     return [
         Finding(
             "wrong",
-            "calibration: " + "; ".join(f"{name} {words}" for name, words in shown) + more,
+            "calibration: " + "; ".join(f"{name} {words}" for name, words in listed) + more,
             "on data of the model's own making the guide's uncertainty is wrong in these respects",
             "narrow draws: a mass-covering objective (WakePhase, IWELBO) or a richer guide; bias: train longer",
             _SBC,
@@ -301,7 +275,8 @@ def _calibration(found: Calibration) -> list[Finding]:
     ]
 
 
-def _bracket(bracket: Any, elbo: float, unit: str) -> Finding:
+def bracket_finding(bracket: Any, elbo: float, unit: str) -> Finding:
+    """Report the gap between the evidence and the ELBO."""
     low, high = float(bracket.lower.mean()), float(bracket.upper.mean())
     gap = low - elbo
     kind = "bound" if bracket.upper_is_bound else "estimate"
@@ -314,52 +289,21 @@ def _bracket(bracket: Any, elbo: float, unit: str) -> Finding:
     )
 
 
-def _restarts(
-    models: list[Any],
-    guides: Sequence[Callable[..., Any]],
-    args: tuple,
-    kwargs: dict[str, Any],
-    num_draws: int,
-    numbers: dict[str, Any],
-    unit: str,
-) -> list[Finding]:
-    """R-hat across guides; of amortised models, whose latents have no common meaning, of the data's bound instead."""
-    import arviz_stats
-
-    elbos = []
-    for model, guide in zip(models, guides, strict=True):
-        weights = log_weights(model, guide, *args, num_particles=64, **kwargs)
-        elbos.append(float(weights.reshape(64, -1).mean()))
-    numbers["elbos"] = elbos
-    spread = max(elbos) - min(elbos)
-    findings = [
+def rhat_findings(rhat: Mapping[str, float], chains: str) -> list[Finding]:
+    """Report whether chains agree; ``chains`` is ``"restarts"`` or ``"chains"``."""
+    bad = {name: value for name, value in rhat.items() if value > _RHAT_LIMIT}
+    if not bad:
+        return [Finding("good", f"R-hat across {chains} below {_RHAT_LIMIT}", "the runs agree", "", _RHAT)]
+    advice = {
+        "restarts": "train longer, lower the learning rate at the end, or look for several modes",
+        "chains": "run the sampler longer, or another parameterisation",
+    }
+    return [
         Finding(
-            "note",
-            f"{len(guides)} restarts: ELBO from {min(elbos):.3f} to {max(elbos):.3f} {unit}",
-            f"runs differ by {spread:.3f} {unit}",
+            "wrong" if max(bad.values()) > 1.1 else "doubtful",
+            f"R-hat across {chains}: " + ", ".join(f"{name} {value:.2f}" for name, value in sorted(bad.items())),
+            "independent runs end at different posteriors",
+            advice[chains],
+            _RHAT,
         )
     ]
-    if len({id(model) for model in models}) > 1:
-        return findings
-    tree = to_datatree(models[0], list(guides), *args, num_draws=min(num_draws, 500), groups=["posterior"], **kwargs)
-    found = arviz_stats.rhat(tree["posterior"].to_dataset())
-    worst = {str(name): float(array.max()) for name, array in found.data_vars.items()}
-    numbers["rhat"] = worst
-    bad = {name: value for name, value in worst.items() if value > _RHAT_LIMIT}
-    if bad:
-        findings.append(
-            Finding(
-                "wrong" if max(bad.values()) > 1.1 else "doubtful",
-                "R-hat across restarts: " + ", ".join(f"{name} {value:.2f}" for name, value in sorted(bad.items())),
-                "independent runs end at different posteriors",
-                "train longer, lower the learning rate at the end, or look for several modes",
-                _RHAT,
-            )
-        )
-    else:
-        findings.append(Finding("good", f"R-hat across restarts below {_RHAT_LIMIT}", "the runs agree", "", _RHAT))
-    return findings
-
-
-def _number(value: float) -> str:
-    return "exact" if value == float("-inf") else f"{value:.2f}"

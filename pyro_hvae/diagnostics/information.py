@@ -1,32 +1,33 @@
-r"""How much each layer of latents knows of the data, and where all data together put it.
+r"""Information of each layer of latents about the data, and its aggregate posterior.
 
 With the guide's :math:`q(z_l|x)` and its average over data, the aggregate posterior :math:`q(z_l)`,
 
 .. math:: \mathrm E_x\,\mathrm{KL}(q(z_l|x)\|p(z_l)) =
           \underbrace{\mathrm E_x\,\mathrm{KL}(q(z_l|x)\|q(z_l))}_{I_q(x; z_l)} + \mathrm{KL}(q(z_l)\|p(z_l))
 
-(ELBO surgery, Hoffman and Johnson, 2016).  The first part is what the layer says of x; the second is what draws from
-the prior miss.  A layer has *collapsed* if it has neither an active unit nor information about x.  Its term in the
-bound tells neither: in a bottom-up guide it may be large, or negative, for a layer that knows nothing.
+(ELBO surgery, Hoffman and Johnson, 2016).  The first part is the layer's information about x; the second
+is the mismatch of the prior.  A layer has *collapsed* if it has neither an active unit nor information about x.  Its
+term in the bound shows neither: in a bottom-up guide it may be large, or negative, for a layer without information.
 
-A layer's marginals are mixtures over the draws of what comes before it; they are estimated by mixtures over draws, so
-that information above :math:`\log N` can't be seen from N data.
+A layer's marginals are mixtures over the draws of the layers before it.  They are estimated by mixtures over draws, so
+information above :math:`\log N` can't be measured from N data.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
 from pyro_hvae.bounds import LayerwiseELBO
-from pyro_hvae.diagnostics.layers import ACTIVE_THRESHOLD, mean_variances
-from pyro_hvae.traces import Reading, read
+from pyro_hvae.bounds.elbo import layer_terms
+from pyro_hvae.diagnostics.layers import ACTIVE_THRESHOLD, by_datum, check_data, unit_variances
+from pyro_hvae.problem import Problem, Run, of_pair
+from pyro_hvae.weights import log_mean_exp
 
 __all__ = ["COLLAPSED_INFORMATION", "layers"]
 
@@ -37,15 +38,9 @@ _PARENTS = 256
 _ENTRIES_AT_ONCE = 2**22
 
 
-def layers(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
-    num_draws: int = 16,
-    threshold: float = ACTIVE_THRESHOLD,
-    **kwargs: Any,
-) -> Any:
-    r"""What each layer of latents costs, knows and leaves unused.
+@of_pair
+def layers(problem: Problem, *, num_draws: int = 16, threshold: float = ACTIVE_THRESHOLD) -> Any:
+    r"""Compute term, information and active units of each layer of latents.
 
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``; some hundred data are enough, and the cost
@@ -54,54 +49,45 @@ def layers(
         threshold: variance of a posterior mean above which a unit is active.
 
     Returns:
-        ``xarray.Dataset`` over ``layer``, in the guide's order: ``term`` (nats a datum, what the layer costs in the
-        bound) and ``analytic`` (whether it is a KL divergence in closed form); ``units`` and ``active_units``;
-        ``mutual_information`` and ``aggregate_kl`` (nats); ``collapsed``.  Attributes: ``reconstruction`` and ``elbo``
-        (nats a datum) and ``information_limit`` (nats, log N).
+        ``xarray.Dataset`` over ``layer``, in the guide's order: ``term`` (nats a datum, the layer's term in the
+        bound) and ``analytic`` (whether it is a KL divergence in closed form); ``units`` and ``active_units`` (NaN if
+        the posterior has no mean); ``mutual_information`` and ``aggregate_kl`` (nats); ``collapsed``.  Attributes:
+        ``reconstruction`` and ``elbo`` (nats a datum) and ``information_limit`` (nats, log N).
 
     Raises:
-        ValueError: for ``num_draws < 2``, a single datum, or where no latent stands in a plate common to all sites.
+        ValueError: for ``num_draws < 2``, a single datum, or where no latent is in a plate common to all sites.
 
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def collapsed(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(0 * x, 1.0))
+        >>> from pyro_hvae.conjugate import guide, model
         >>> _ = torch.manual_seed(0)
-        >>> bool(layers(model, collapsed, torch.randn(50)).collapsed.sel(layer="z"))
+        >>> bool(layers(model, guide(slope=0.0, scale=1.0), torch.randn(50)).collapsed.sel(layer="z"))
         True
     """
     import xarray as xr
 
-    if num_draws < 2:
-        raise ValueError(f"num_draws must be at least 2, got {num_draws}")
-    variances = mean_variances(model, guide, *args, num_draws=_PARENTS, **kwargs)
-    terms = LayerwiseELBO(num_draws).terms(model, guide, *args, **kwargs)
+    check_data(problem, num_draws)
     with torch.no_grad():
-        reading = read(model, guide, args, kwargs, num_particles=num_draws)
-        size = reading.log_weights[0].numel()
-        names = [name for name in reading.structure.guide_order if name in variances]
-        released = poutine.uncondition(model)
-        prior = [poutine.trace(released).get_trace(*args, **kwargs) for _ in range(num_draws)]
+        run = problem.run(num_draws, draw_enumerated=True)
+        terms = _terms(problem, run)
+        prior = problem.prior().run(num_draws)
+        names = [name for name in run.structure.guide_order if name in run.structure.latent and name in prior.values]
+        layers_of = {name: _Layer(run, name) for name in names}
+        separate = _SeparateRuns(problem, num_draws, layers_of)
+        variances = unit_variances(separate)
         rows: dict[str, list[Any]] = {"mutual_information": [], "aggregate_kl": []}
-        points = {name: _points(reading, name, size) for name in names}
-        own = _own_densities(model, guide, args, kwargs, points, num_draws)
-        for name in names:
-            aggregate = _aggregate_density(reading, points[name], name, size)
-            alone = [_densities_of(trace.nodes[name]["fn"], points[name], 1, size) for trace in prior]
-            rows["mutual_information"].append(float((own[name] - aggregate).mean()))
-            rows["aggregate_kl"].append(float((aggregate - _mixture(torch.cat(alone, 1))).mean()))
-    rows["term"] = [float(_term(terms, name).mean()) for name in names]
+        for name, layer in layers_of.items():
+            aggregate = layer.aggregate_density()
+            rows["mutual_information"].append(float((separate.own_density(name) - aggregate).mean()))
+            rows["aggregate_kl"].append(float((aggregate - layer.mixture(prior)).mean()))
+    rows["term"] = [_term(terms, name) for name in names]
     rows["analytic"] = [f"kl_{name}" in terms for name in names]
     rows["units"] = [variances[name].numel() for name in names]
-    rows["active_units"] = [int((variances[name] > threshold).sum()) for name in names]
+    rows["active_units"] = [_active(variances[name], threshold) for name in names]
     information = np.array(rows["mutual_information"])
-    rows["collapsed"] = [bool(c) for c in (np.array(rows["active_units"]) == 0) & (information < COLLAPSED_INFORMATION)]
+    inactive = np.array([not active > 0 for active in rows["active_units"]], dtype=bool)  # or NaN
+    rows["collapsed"] = [bool(c) for c in inactive & (information < COLLAPSED_INFORMATION)]
     reconstruction = float(terms["reconstruction"].mean())
+    size = math.prod(plate.size for plate in run.plates)
     return xr.Dataset(
         {name: ("layer", values) for name, values in rows.items()},
         coords={"layer": names},
@@ -114,48 +100,103 @@ def layers(
     )
 
 
-def _term(terms: Mapping[str, Tensor], name: str) -> Tensor:
-    return terms[f"kl_{name}"] if f"kl_{name}" in terms else terms[f"rate_{name}"]
+def _active(variance: Tensor, threshold: float) -> float:
+    return int((variance > threshold).sum()) if bool(torch.isfinite(variance).all()) else math.nan
 
 
-def _points(reading: Reading, name: str, size: int) -> Tensor:
-    """One draw of a layer for each datum, (N, *event)."""
-    first = reading.values[name][0]
-    return first.reshape(size, *first.shape[first.dim() - reading.guide_trace.nodes[name]["fn"].event_dim :])
+def _terms(problem: Problem, run: Run) -> dict[str, Tensor]:
+    """Return the terms of the bound by layer, from the draws of a run."""
+    bound = LayerwiseELBO(run.num_particles)
+    return layer_terms(run, bound.divergences(run, bound.analytic(problem)))
 
 
-def _own_densities(
-    model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], points: Mapping[str, Tensor], num_draws: int
-) -> dict[str, Tensor]:
-    """log q(z|x) of each datum's own point, (N,), over fresh draws of what the guide draws before the layer."""
-    found: dict[str, list[Tensor]] = {name: [] for name in points}
-    for _ in range(_PARENTS // num_draws + 1):
-        trace = read(model, guide, args, kwargs, num_particles=num_draws).guide_trace
-        for name, value in points.items():
-            fn = trace.nodes[name]["fn"]
-            at = value.reshape(*fn.batch_shape[1:], *fn.event_shape)
-            found[name].append(fn.log_prob(at).reshape(num_draws, -1))
-    return {name: torch.cat(parts).logsumexp(0) - math.log(sum(map(len, parts))) for name, parts in found.items()}
+def _term(terms: Mapping[str, Tensor], name: str) -> float:
+    """Return a layer's term in nats a datum; NaN where it is joined with that of a summed-out site."""
+    term = terms.get(f"kl_{name}", terms.get(f"rate_{name}"))
+    return math.nan if term is None else float(term.mean())
 
 
-def _aggregate_density(reading: Reading, points: Tensor, name: str, size: int) -> Tensor:
-    """log q(z) of each point, (N,)."""
-    parts = _densities_of(reading.guide_trace.nodes[name]["fn"], points, reading.num_particles, size)
-    if not bool((parts.diff(dim=1).abs() < 1e-12).all()):
-        parts = parts[:, 1:]  # the component of its own parents made the point, and would count it twice
-    return _mixture(parts)
+class _Layer:
+    """One layer of a run: a point of it for each datum, and densities of points under its distributions.
+
+    The entries of a point are its event and the plates inside of the data.
+    """
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.run, self.name = run, name
+        self.points = by_datum(run, name, run.values[name])[0]  # (N, *inner plates, *event)
+        self.event_dim = run.guide_trace.nodes[name]["fn"].event_dim
+        self.data = {plate.dim for plate in run.plates}
+        self.sizes = tuple(plate.size for plate in run.plates)
+
+    @property
+    def size(self) -> int:
+        return len(self.points)
+
+    def aggregate_density(self) -> Tensor:
+        """Return log q(z) of each point, (N,)."""
+        parts = self.densities(self.run)
+        if not bool((parts.diff(dim=1).abs() < 1e-12).all()):
+            parts = parts[:, 1:]  # without the component that drew the point
+        return log_mean_exp(parts.flatten(1), 1)
+
+    def mixture(self, run: Run) -> Tensor:
+        """Return the log of each point's mean density over the draws and data of a run, (N,)."""
+        return log_mean_exp(self.densities(run).flatten(1), 1)
+
+    def own_densities(self, run: Run) -> Tensor:
+        """Return the log-density of each datum's own point at the draws of a run, (K, N)."""
+        return self._per_datum(run, self._placed(self.points[None], run, own=True))[0]
+
+    def densities(self, run: Run) -> Tensor:
+        """Return the log-density of every point under every component of a run: (points, K, N)."""
+        width = max(1, _ENTRIES_AT_ONCE // (run.num_particles * self.points.numel()))
+        placed = (self._placed(part, run, own=False) for part in self.points.split(width))
+        return torch.cat([self._per_datum(run, points) for points in placed])
+
+    def _placed(self, points: Tensor, run: Run, *, own: bool) -> Tensor:
+        """Reshape points to the dims of the run's plates, ``(P, 1, dims, *event)``; each datum's own, or one."""
+        info = self.run.structure.sites[self.name]
+        inner = [plate for plate in info.plates if plate.dim is not None and plate.dim not in self.data]
+        shape = [1] * run.layout.nesting
+        for plate in inner:
+            shape[plate.dim or 0] = plate.size
+        if own:
+            for plate in self.run.plates:
+                shape[plate.dim or 0] = plate.size
+            order = [plate for plate in info.plates if plate.dim is not None]
+            kept = [plate for plate in order if plate.dim in self.data] + inner
+            sized = points[0].reshape(*(plate.size for plate in kept), *points.shape[2 + len(inner) :])
+            points = sized.movedim(list(range(len(kept))), [order.index(plate) for plate in kept])[None]
+        event = points.shape[points.dim() - self.event_dim :]
+        return points.reshape(len(points), 1, *shape, *event)
+
+    def _per_datum(self, run: Run, points: Tensor) -> Tensor:
+        """Sum log-densities of placed points over the plates inside of the data: (P, K, N)."""
+        fn = run.guide_trace.nodes[self.name]["fn"]
+        value = fn.log_prob(points)
+        nesting = run.layout.nesting
+        value = value.expand(len(points), *value.shape[1:])
+        inner = [dim for dim in range(-nesting, 0) if dim not in self.data]
+        if inner:
+            value = value.sum(inner)
+        return value.expand(*value.shape[:2], *self.sizes).reshape(len(value), value.shape[1], self.size)
 
 
-def _mixture(parts: Tensor) -> Tensor:
-    return parts.flatten(1).logsumexp(1) - math.log(parts[0].numel())
+class _SeparateRuns:
+    """Runs with other draws than the points'; iteration records the densities of each datum's own point."""
 
+    def __init__(self, problem: Problem, num_draws: int, layers_of: Mapping[str, _Layer]) -> None:
+        self.problem, self.num_draws, self.layers_of = problem, num_draws, layers_of
+        self.parts: dict[str, list[Tensor]] = {name: [] for name in layers_of}
 
-def _densities_of(fn: Any, points: Tensor, draws: int, size: int) -> Tensor:
-    """log-density of every point under every component: (points, draws, data)."""
-    shape, event = fn.batch_shape, points.shape[1:]
-    width = max(1, _ENTRIES_AT_ONCE // (draws * size * event.numel()))
-    found = []
-    for chunk in points.split(width):
-        spread = chunk.reshape(len(chunk), *(1,) * len(shape), *event)
-        found.append(fn.log_prob(spread).reshape(len(chunk), draws, size))
-    return torch.cat(found)
+    def __iter__(self) -> Iterator[Run]:
+        for _ in range(_PARENTS // self.num_draws + 1):
+            run = self.problem.run(self.num_draws, draw_enumerated=True)
+            for name, layer in self.layers_of.items():
+                self.parts[name].append(layer.own_densities(run))
+            yield run
+
+    def own_density(self, name: str) -> Tensor:
+        """Return log q(z|x) of each datum's own point, (N,), averaged over draws of the layers before it."""
+        return log_mean_exp(torch.cat(self.parts[name]))

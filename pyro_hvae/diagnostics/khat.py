@@ -1,46 +1,46 @@
-r"""How far a guide's draws can be trusted, datum by datum and layer by layer.
+r"""Pareto k-hat of a guide's weights: for all data, for each datum and for each layer.
 
-The weights :math:`w = p(x, z)/q(z|x)` correct a guide's draws for what the guide misses.  The Pareto shape k-hat of
-their tail tells whether that correction works at all: below :math:`\min(1 - 1/\log_{10} S, 0.7)` an average over S
-weighted draws can be trusted, above 1 the weights have no mean to speak of (Pareto Smoothed Importance Sampling,
+The weights :math:`w = p(x, z)/q(z|x)` correct a guide's draws.  The Pareto shape k-hat of their tail shows whether the
+correction works: below :math:`\min(1 - 1/\log_{10} S, 0.7)` an average over S weighted draws is reliable, above 1 the
+weights of the fitted tail have no mean (Pareto Smoothed Importance Sampling,
 Vehtari, Simpson, Gelman, Yao and Gabry, 2024; for guides, Yes, but Did It Work?: Evaluating Variational Inference,
 Yao, Vehtari, Simpson and Gelman, 2018).
 
 The weight of all data together is a product of one weight for each datum, so its k-hat grows with their number
-whatever the guide's quality.  Where the latents are local to a datum, each datum has posterior, weights and k-hat of
+for any guide.  Where the latents are local to a datum, each datum has posterior, weights and k-hat of
 its own, which do not depend on how many others there are.
 
 **Layers.**  A guide draws its layers one after another.  With the layers before l held at one draw,
 
 .. math:: w_{\ge l}(z_l, \dots, z_L) = \frac{p(x, z_{<l}, z_l, \dots, z_L)}{q(z_l, \dots, z_L \mid z_{<l}, x)}
 
-is the weight of the rest, and its k-hat judges layer l **and those the guide draws after it**: the posterior factors
-in the guide's order too, so a guide that is exact from layer l on has equal weights there.  What is wrong in a layer
-shows in its own k-hat and in those before it in the guide's order; blame the last layer that is flagged first.
+is the weight of the rest, and its k-hat measures layer l **and those the guide draws after it**: the posterior factors
+in the guide's order too, so a guide that is exact from layer l on has equal weights there.  An error in a layer changes
+its own k-hat and those before it in the guide's order: mend the last flagged layer first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_hvae.psis import good_khat, pareto_khat
-from pyro_hvae.traces import Plate, Structure, read, structure
-from pyro_hvae.traces.running import bind_context
+from pyro_hvae.problem import Plate, Problem, Structure, of_pair
+from pyro_hvae.weights import chunks, default_chunk, good_khat, pareto_khat
 
-__all__ = ["KHats", "khats"]
+__all__ = ["KHats", "LayerWeights", "khats", "khats_of_tree", "khats_of_weights"]
 
 
 @dataclass(frozen=True)
 class KHats:
-    """Pareto shapes of the weights of a guide's draws; ``-inf`` where all weights are equal, so the guide is exact.
+    """Pareto shapes of the weights of a guide's draws.
+
+    They are ``-inf`` where all weights are equal, so that the guide is exact, and where the largest of weights of
+    discrete draws is common, so that they are bounded.
 
     Attributes:
         joint: of all latents and data together, shape ``()``.
@@ -50,7 +50,8 @@ class KHats:
         plates: names of the dims of ``per_datum``.
         given: sites that ``per_datum`` holds at one draw, the global latents.
         num_draws: S.
-        good: largest k-hat that is to be trusted with so many draws.
+        good: largest reliable k-hat of so many draws.
+        exact: whether the weights of all latents are equal, at each datum.
     """
 
     joint: Tensor
@@ -60,16 +61,21 @@ class KHats:
     given: tuple[str, ...]
     num_draws: int
     good: float
+    exact: bool = False
+
+    def number(self, value: float) -> str:
+        """Format one k-hat: ``exact`` or ``bounded`` for ``-inf``."""
+        return f"{value:.2f}" if value != -math.inf else "exact" if self.exact else "bounded"
 
     def flagged(self) -> dict[str, int]:
-        """How many k-hats are above ``good``: of ``"joint"``, ``"per_datum"`` and each layer by its name."""
+        """Count the k-hats above ``good``: of ``"joint"``, ``"per_datum"`` and each layer by its name."""
         rows = {"joint": self.joint, **self.per_layer}
         if self.per_datum is not None:
             rows["per_datum"] = self.per_datum
         return {name: int((value > self.good).sum()) for name, value in rows.items()}
 
     def to_dataset(self) -> Any:
-        """``xarray.Dataset`` with ``joint``, ``per_datum`` and ``per_layer``, whose first dim is ``layer``.
+        """Return an ``xarray.Dataset`` with ``joint``, ``per_datum`` and ``per_layer``, whose first dim is ``layer``.
 
         A layer that is not local to a datum has the same value at each.
         """
@@ -78,14 +84,14 @@ class KHats:
         def array(value: Tensor) -> Any:
             return xr.DataArray(value.cpu().numpy(), dims=self.plates if value.dim() else ())
 
-        found = {"joint": array(self.joint)}
+        arrays = {"joint": array(self.joint)}
         if self.per_datum is not None:
-            found["per_datum"] = array(self.per_datum)
+            arrays["per_datum"] = array(self.per_datum)
         if self.per_layer:
             layers = xr.broadcast(*(array(value) for value in self.per_layer.values()))
-            found["per_layer"] = xr.concat(layers, "layer").assign_coords(layer=list(self.per_layer))
+            arrays["per_layer"] = xr.concat(layers, "layer").assign_coords(layer=list(self.per_layer))
         attrs = {"num_draws": self.num_draws, "good_k": self.good, "given": ", ".join(self.given)}
-        return xr.Dataset(found, attrs=attrs)
+        return xr.Dataset(arrays, attrs=attrs)
 
     def __str__(self) -> str:
         rows = {"joint": self.joint}
@@ -94,25 +100,25 @@ class KHats:
         rows |= {f"{name} and after": value for name, value in self.per_layer.items()}
         width = max(map(len, rows))
         head = f"Pareto k-hat of {self.num_draws} draws; above {self.good:.2f} the draws can't be corrected by weights"
-        return "\n".join([head, *(f"  {name:<{width}}  {_range(value, self.good)}" for name, value in rows.items())])
+        return "\n".join([head, *(f"  {name:<{width}}  {_range(value, self)}" for name, value in rows.items())])
 
 
+@of_pair
 def khats(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
+    problem: Problem,
+    *,
     num_draws: int = 1000,
     layers: Sequence[str] | None = None,
     chunk_size: int | None = None,
-    **kwargs: Any,
 ) -> KHats:
-    r"""k-hat of a guide: for all data together, for each datum, and for each layer.
+    r"""Compute k-hat of a guide: for all data together, for each datum, and for each layer.
 
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``.
-        num_draws: S >= 20 for each number; a fit from fewer than some hundreds says little.
-        layers: sites whose own k-hat is wanted, each of which costs a run of the pair; all by default.
-        chunk_size: how many draws run at once; by default so many that draws times data stay below 20,000.
+        num_draws: S >= 20 for each k-hat; some hundreds give a useful fit.
+        layers: sites whose own k-hat is computed, with one run of the pair each; all by default.
+        chunk_size: number of draws that run at once; by default draws times indices of the largest site's plates stay
+            below 20,000.
 
     Returns:
         :class:`KHats`.  A datum is an index of the plates common to all sites, or, with global latents, of those
@@ -120,152 +126,156 @@ def khats(
 
     Raises:
         ValueError: for fewer than 20 draws, layers that the guide does not draw, programs that do not fit each other, a
-            guide that draws nothing or nothing but points, or weights that are NaN.
+            guide that draws nothing or a point, a minibatch whose plate does not enclose all sites, or weights that are
+            NaN.
 
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def narrow(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.3))
+        >>> from pyro_hvae.conjugate import guide, model
         >>> _ = torch.manual_seed(0)
-        >>> khats(model, narrow, torch.zeros(3)).per_datum > 0.7
+        >>> khats(model, guide(scale=0.3), torch.zeros(3)).per_datum > 0.7
         tensor([True, True, True])
     """
-    if num_draws < 20:
-        raise ValueError(f"a tail needs at least 20 draws, got num_draws={num_draws}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    found = structure(model, guide, args, kwargs)
-    if not found.drawn:
-        raise ValueError(f"the guide draws nothing (sites of the pair: {sorted(found.sites)}), so there are no weights")
-    if all(_point(found, name) for name in found.drawn):
-        raise ValueError(
-            f"the guide is a point estimate (of {sorted(found.drawn)}): its draws are all the same, so that equal "
-            "weights say nothing of how far it is from the posterior"
-        )
-    data = _data_plates(found)
-    size = chunk_size or max(1, 20_000 // math.prod(plate.size for plate in data or _largest(found)))
+    weights = LayerWeights(problem, num_draws, chunk_size)
+    return khats_of_weights(weights, weights(frozenset(), problem.structure.common), layers)
 
-    def weights(once: frozenset[str], plates: tuple[Plate, ...]) -> Tensor:
-        return _weights(model, guide, args, kwargs, num_draws, size, once, plates)
 
-    everything = weights(frozenset(), found.common)
+class LayerWeights:
+    """Log-weights of a guide with some of its sites held at one draw.
+
+    Raises:
+        ValueError: as :func:`khats`.
+    """
+
+    def __init__(self, problem: Problem, num_draws: int, chunk_size: int | None = None) -> None:
+        if num_draws < 20:
+            raise ValueError(f"a tail needs at least 20 draws, got num_draws={num_draws}")
+        structure = problem.structure
+        if not structure.drawn:
+            raise ValueError(
+                f"the guide draws nothing (sites of the pair: {sorted(structure.sites)}), so there are no "
+                "weights: use a guide that draws the latents"
+            )
+        problem.require_density("k-hat")
+        structure.require_whole("k-hat")
+        self.problem, self.num_draws = problem, num_draws
+        self.counts = chunks(num_draws, default_chunk(structure.entries) if chunk_size is None else chunk_size)
+
+    def __call__(self, once: frozenset[str], plates: tuple[Plate, ...]) -> Tensor:
+        """Draw log-weights ``(S, *plates)``, with the sites ``once`` at one draw, the same for every chunk."""
+        with torch.no_grad():
+            held = {}
+            if once:
+                drawn = self.problem.run(draw_enumerated=True).values
+                held = {name: value for name, value in drawn.items() if name in once}
+            runs = (self.problem.run(count, held=held, draw_enumerated=True) for count in self.counts)
+            return torch.cat([run.over(plates).log_weights for run in runs])
+
+
+def khats_of_weights(weights: LayerWeights, everything: Tensor, layers: Sequence[str] | None = None) -> KHats:
+    """Compute k-hats; those of all latents from the log-weights ``everything``.
+
+    Args:
+        weights: draws the log-weights of layers.
+        everything: log-weights of a run with nothing held, ``(S, *plates common to all sites)``.
+        layers: as in :func:`khats`.
+    """
+    structure = weights.problem.structure
+    data = structure.data_plates
     joint = pareto_khat(everything.flatten(1).sum(1) if everything.dim() > 1 else everything)
-    drawn = [name for name in found.guide_order if name in found.drawn and not _point(found, name)]
-    local = _local(found, data)
-    outside = frozenset(found.drawn) - _inside(found, data) if local else frozenset()
+    drawn = [name for name in structure.guide_order if name in structure.drawn and not _point(structure, name)]
+    local = _local(structure, data)
+    outside = frozenset(structure.drawn) - _inside(structure, data) if local else frozenset()
     per_datum: Tensor | None = None
     if local:
         per_datum = pareto_khat(weights(outside, data) if outside else everything)
     per_layer: dict[str, Tensor] = {}
-    for name in _chosen(found, drawn, layers):
-        before = frozenset(found.guide_order[: found.guide_order.index(name)])
+    for name in _chosen(structure, drawn, layers):
+        before = frozenset(structure.guide_order[: structure.guide_order.index(name)])
         if name in local:
             assert per_datum is not None
             rest = before | outside
-            per_layer[_label(found, name)] = per_datum if rest == outside else pareto_khat(weights(rest, data))
+            per_layer[_label(structure, name)] = per_datum if rest == outside else pareto_khat(weights(rest, data))
         else:
-            per_layer[_label(found, name)] = pareto_khat(weights(before, ())) if before or found.common else joint
+            separate = bool(before or structure.common)
+            per_layer[_label(structure, name)] = pareto_khat(weights(before, ())) if separate else joint
     return KHats(
         joint=joint,
         per_datum=per_datum,
         per_layer=per_layer,
         plates=tuple(plate.name for plate in data) if local else (),
-        given=tuple(_label(found, name) for name in drawn if name in outside),
-        num_draws=num_draws,
-        good=good_khat(num_draws),
+        given=tuple(_label(structure, name) for name in drawn if name in outside),
+        num_draws=weights.num_draws,
+        good=good_khat(weights.num_draws),
+        exact=_equal(everything),
     )
 
 
-def _weights(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    num_draws: int,
-    size: int,
-    once: frozenset[str],
-    plates: tuple[Plate, ...],
-) -> Tensor:
-    """Log-weights ``(S, *plates)`` with the sites ``once`` at one draw, the same for every chunk."""
-    parts = []
-    with torch.no_grad():
-        if once:
-            (model, guide), kwargs = bind_context((model, guide), kwargs)
-            drawn, held = read(model, guide, args, kwargs).guide_trace, Trace()
-            for name in once:
-                held.add_node(name, **drawn.nodes[name])
-            guide = poutine.replay(guide, trace=held)
-        for start in range(0, num_draws, size):
-            count = min(size, num_draws - start)
-            reading = read(model, guide, args, kwargs, num_particles=count, once=lambda _: once)
-            weights = reading.over(plates).log_weights
-            parts.append(weights.expand(count, *weights.shape[1:]))
-    return torch.cat(parts)
+def khats_of_tree(tree: Any) -> KHats:
+    """Compute k-hats of a tree's log-weights, of all data together and of each datum.
+
+    Args:
+        tree: with ``sample_stats/log_weight``; draws of all chains are pooled.
+    """
+    values = tree["sample_stats"]["log_weight"].transpose("chain", "draw", ...)
+    weights = torch.as_tensor(values.values).flatten(0, 1)
+    local = weights.dim() > 1
+    return KHats(
+        joint=pareto_khat(weights.flatten(1).sum(1) if local else weights),
+        per_datum=pareto_khat(weights) if local else None,
+        per_layer={},
+        plates=tuple(str(dim) for dim in values.dims[2:]),
+        given=(),
+        num_draws=len(weights),
+        good=good_khat(len(weights)),
+        exact=_equal(weights),
+    )
 
 
-def _chosen(found: Structure, drawn: list[str], layers: Sequence[str] | None) -> list[str]:
-    """Layers by the names that a reader knows."""
-    named = {_label(found, name): name for name in drawn}
+def _chosen(structure: Structure, drawn: list[str], layers: Sequence[str] | None) -> list[str]:
+    """Return the selected layers, which ``layers`` names by the model's sites."""
+    named = {_label(structure, name): name for name in drawn}
     unknown = sorted(set(layers or ()) - set(named))
     if unknown:
         raise ValueError(f"layers names {unknown}, which the guide does not draw; it draws {list(named)}")
     return [site for name, site in named.items() if layers is None or name in layers]
 
 
-def _data_plates(found: Structure) -> tuple[Plate, ...]:
-    """The plates that a datum indexes: common to all sites, or else to all that are observed."""
-    if found.common:
-        return found.common
-    stacks = [
-        {plate for plate in found.sites[name].plates if plate.dim is not None}
-        for name in found.observed
-        if found.sites[name].model_distribution not in ("Unit", "Delta")
-    ]
-    shared = set.intersection(*stacks) if stacks else set()
-    return tuple(sorted(shared, key=lambda plate: plate.dim or 0))
-
-
-def _inside(found: Structure, data: tuple[Plate, ...]) -> frozenset[str]:
-    """What the guide draws for each datum, points included."""
+def _inside(structure: Structure, data: tuple[Plate, ...]) -> frozenset[str]:
+    """Return the sites that the guide draws for each datum, points included."""
     if not data:
         return frozenset()
     dims = {(plate.dim, plate.size) for plate in data}
-    return frozenset(n for n in found.drawn if dims <= {(p.dim, p.size) for p in found.sites[n].plates})
+    return frozenset(n for n in structure.drawn if dims <= {(p.dim, p.size) for p in structure.sites[n].plates})
 
 
-def _local(found: Structure, data: tuple[Plate, ...]) -> frozenset[str]:
-    """What the guide draws for each datum by itself; nothing if it computes a local value from a draw for all data."""
-    inside = _inside(found, data)
-    points = {name for name in inside if _point(found, name)}
+def _local(structure: Structure, data: tuple[Plate, ...]) -> frozenset[str]:
+    """Return the sites drawn for each datum; none if a local value is computed from a draw for all data."""
+    inside = _inside(structure, data)
+    points = {name for name in inside if _point(structure, name)}
     if any(f"{name}_unconstrained" not in inside for name in points):
         return frozenset()
     return inside - points
 
 
-def _point(found: Structure, name: str) -> bool:
-    return found.sites[name].guide_distribution == "Delta"
+def _point(structure: Structure, name: str) -> bool:
+    return structure.sites[name].guide_distribution == "Delta"
 
 
-def _label(found: Structure, name: str) -> str:
-    """AutoGuides draw ``<site>_unconstrained`` and map it; the site is what a reader knows."""
+def _label(structure: Structure, name: str) -> str:
+    """Return the model's name of a site; AutoGuides draw ``<site>_unconstrained``."""
     site = name.removesuffix("_unconstrained")
-    return site if site in found.sites else name
+    return site if site in structure.sites else name
 
 
-def _largest(found: Structure) -> tuple[Plate, ...]:
-    return max((site.plates for site in found.sites.values()), key=lambda plates: math.prod(p.size for p in plates))
-
-
-def _range(value: Tensor, good: float) -> str:
-    """One k-hat, or how they spread."""
+def _range(value: Tensor, hats: KHats) -> str:
+    """Format one k-hat, or the range of several."""
     if value.dim() == 0:
-        text = "exact" if value == -math.inf else f"{float(value):.2f}"
-        return text + ("  flagged" if value > good else "")
-    worst = "exact" if value.max() == -math.inf else f"{float(value.max()):.2f}"
-    middle = "exact" if value.median() == -math.inf else f"{float(value.median()):.2f}"
-    return f"median {middle}, largest {worst}; {int((value > good).sum())} of {value.numel()} flagged"
+        return hats.number(float(value)) + ("  flagged" if value > hats.good else "")
+    worst, middle = hats.number(float(value.max())), hats.number(float(value.median()))
+    return f"median {middle}, largest {worst}; {int((value > hats.good).sum())} of {value.numel()} flagged"
+
+
+def _equal(weights: Tensor) -> bool:
+    """Whether log-weights ``(S, ...)`` are the same but for round-off."""
+    round_off = (64 * torch.finfo(weights.dtype).eps * weights.abs().amax(0)).clamp(1e-8, 0.01)
+    return bool((weights.amax(0) - weights.amin(0) <= round_off).all())

@@ -1,13 +1,12 @@
-r"""How well a model predicts data that it has not seen, from draws of a guide.
+r"""Cross-validation and held-out likelihood from draws of a guide.
 
 Leaving datum i out of the posterior changes the weight of a draw by :math:`1/p(x_i|z)`.  ArviZ's ``loo`` starts from
-draws of the posterior.  Draws of a guide need the weight :math:`p(x, z)/q(z|x)` besides; without it, the result looks
-fine where the guide is far off, since the tail of :math:`1/p(x_i|z)` knows nothing of the guide (Bayesian
-Leave-One-Out Cross-Validation for Large Data, Magnusson, Andersen, Jonasson and Vehtari, 2019).  :func:`loo` takes the
-weights that the draws of a tree call for.
+draws of the posterior.  Draws of a guide also need the weight :math:`p(x, z)/q(z|x)`; without it, k-hat is small
+also for a poor guide, since :math:`1/p(x_i|z)` does not depend on the guide (Bayesian Leave-One-Out Cross-Validation
+for Large Data, Magnusson, Andersen, Jonasson and Vehtari, 2019).  :func:`loo` uses the right weights for a tree.
 
-Where all latents are local to a datum, as in a VAE, leaving the datum out leaves its latents nothing but the prior, and
-the parameters, which were fitted to it, are left as they are: use data that were held out, :func:`held_out`.
+Where all latents are local to a datum, as in a VAE, the posterior without the datum is the prior, and the parameters
+were still fitted to the datum: use held-out data, :func:`held_out`.
 
 +-----------------------------+----------------------------------------------------------------------------------------+
 | ArviZ function              | on a tree of ``to_datatree``                                                           |
@@ -71,8 +70,7 @@ the parameters, which were fitted to it, are left as they are: use data that wer
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,14 +78,14 @@ import torch
 
 from pyro_hvae.diagnostics.arviz_versions import elpd_data, ranked
 from pyro_hvae.evidence import log_evidence
-from pyro_hvae.psis import good_khat, psis
-from pyro_hvae.traces import structure
+from pyro_hvae.problem import Problem, of_pair
+from pyro_hvae.weights import log_mean_exp, psis
 
 __all__ = ["compare", "held_out", "loo"]
 
 
 def loo(tree: Any, var_name: str | None = None) -> Any:
-    r"""Leave-one-out cross-validation by the smoothed weights that the draws of a tree call for.
+    r"""Run leave-one-out cross-validation with smoothed weights of a tree's draws.
 
     .. math:: \mathrm{elpd}_i = \log \frac{\sum_s r_{is}\,p(x_i|z_s)}{\sum_s r_{is}},\qquad
               r_{is} \propto \frac{p(x, z_s)}{q(z_s|x)\,p(x_i|z_s)},
@@ -101,11 +99,12 @@ def loo(tree: Any, var_name: str | None = None) -> Any:
 
     Returns:
         ArviZ's ``ELPDData`` in nats, with ``elpd_i``, ``pareto_k`` and ``log_weights``; for
-        ``arviz_stats.loo_pit(tree, log_weights=..., pareto_k=...)`` make datasets of the last two.
+        ``arviz_stats.loo_pit(tree, log_weights=..., pareto_k=...)`` make datasets of the last two.  Entries whose
+        log-likelihood is 0 at every draw are masked: no data, and left out.
 
     Raises:
-        ValueError: if there is no such site, if all latents are local to a datum, in a minibatch, or for a guide that
-            is a point.
+        ValueError: if there is no such site, if all latents are local to a datum, in a minibatch, for a guide that is
+            a point, or if every entry is masked.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -117,8 +116,8 @@ def loo(tree: Any, var_name: str | None = None) -> Any:
         >>> def guide(x):
         ...     pyro.sample("z", dist.Normal(0.0, 0.3))
         >>> _ = torch.manual_seed(0)
-        >>> found = loo(to_datatree(model, guide, torch.linspace(-1.0, 1.0, 10), num_draws=2000))
-        >>> round(found.elpd, 1), bool(found.pareto_k.max() < 0.7)
+        >>> result = loo(to_datatree(model, guide, torch.linspace(-1.0, 1.0, 10), num_draws=2000))
+        >>> round(result.elpd, 1), bool(result.pareto_k.max() < 0.7)
         (-11.9, True)
     """
     likelihood = _likelihood(tree, var_name)
@@ -132,32 +131,29 @@ def loo(tree: Any, var_name: str | None = None) -> Any:
 
         return arviz_stats.loo(tree, pointwise=True, var_name=str(likelihood.name))
     weights = _log_ratios(tree, likelihood)
-    values = torch.as_tensor(likelihood.transpose("chain", "draw", *data).values).double()
+    likelihood, data = _observed(likelihood.transpose("chain", "draw", *data))
+    values = torch.as_tensor(likelihood.values).double()
     flat = values.reshape(-1, *values.shape[2:])
     shape = (len(flat),) + (1,) * (flat.dim() - 1)
     ratios = torch.as_tensor(weights).double().reshape(shape) - flat
     if bool((flat.amax(0) == flat.amin(0)).all()):
-        raise ValueError("every draw has the same likelihood: the guide is a point, which no datum can be left out of")
+        raise ValueError("every draw has the same likelihood: the guide is a point estimate, which has no weights")
     smoothed, khat = psis(ratios)
     elpd_i = (smoothed + flat).logsumexp(0)
-    lppd = flat.logsumexp(0) - math.log(len(flat))
-    coords = {dim: likelihood.coords[dim] for dim in data if dim in likelihood.coords}
+    lppd = log_mean_exp(flat)
+    pointwise = likelihood.isel(chain=0, draw=0, drop=True)
     return elpd_data(
-        elpd_i.numpy(),
+        pointwise.copy(data=elpd_i.numpy()),
         khat.numpy(),
-        dims=data,
-        coords=coords,
-        effective_i=(lppd - elpd_i).numpy(),
-        num_draws=len(flat),
-        good=good_khat(len(flat)),
-        log_weights=smoothed.reshape(values.shape).numpy(),
-        draws={dim: likelihood.coords[dim] for dim in ("chain", "draw")},
+        (lppd - elpd_i).numpy(),
+        len(flat),
+        log_weights=likelihood.copy(data=smoothed.reshape(values.shape).numpy()),
         approximate=tree.attrs.get("draws") == "guide",
     )
 
 
 def compare(models: Mapping[str, Any], *, method: str = "stacking", var_name: str | None = None) -> Any:
-    """Rank models by what they predict of data left out or held out.
+    """Rank models by their predictions of data left out or held out.
 
     Args:
         models: by name, trees of :func:`pyro_hvae.diagnostics.to_datatree`, whose :func:`loo` is taken, or results of
@@ -192,25 +188,21 @@ def compare(models: Mapping[str, Any], *, method: str = "stacking", var_name: st
 
     if len(models) < 2:
         raise ValueError(f"a comparison takes two models or more, got {list(models)}")
-    found = {name: loo(one, var_name) if isinstance(one, xr.DataTree) else one for name, one in models.items()}
-    return ranked(found, method)
+    results = {name: loo(one, var_name) if isinstance(one, xr.DataTree) else one for name, one in models.items()}
+    return ranked(results, method)
 
 
+@of_pair
 def held_out(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
-    num_draws: int = 1000,
-    chunk_size: int | None = None,
-    progress: bool = False,
-    **kwargs: Any,
+    problem: Problem, *, num_draws: int = 1000, chunk_size: int | None = None, progress: bool = False
 ) -> Any:
-    r"""Importance-weighted log-likelihood of held-out data, with k-hat for each, as ArviZ's result.
+    r"""Compute the importance-weighted log-likelihood of held-out data, with k-hat for each, as ArviZ's result.
 
     .. math:: \log p(x_n) \approx \log \frac1S \sum_s \frac{p(x_n, z_s)}{q(z_s|x_n)}
 
     For models whose latents are all local to a datum, this is the log predictive density of a new datum given the
-    trained parameters.  In expectation it is too low, by an amount that vanishes with S where k-hat is small.
+    trained parameters.  In expectation it is too low, by an amount that vanishes with S where k-hat is small.  Data of
+    which everything is masked are left out.
 
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``: the held-out data.
@@ -223,40 +215,71 @@ def held_out(
         ``p`` is NaN: no parameters are counted.
 
     Raises:
-        ValueError: if some latent is shared by the data.
+        ValueError: if some latent is shared by the data, or all data are masked.
 
     Reference:
         Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016).
 
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
+        >>> from pyro_hvae.conjugate import guide, model
         >>> _ = torch.manual_seed(0)
-        >>> held_out(model, guide, torch.tensor([0.0, 2.0])).elpd_i.values.round(1)
+        >>> held_out(model, guide(scale=1.0), torch.tensor([0.0, 2.0])).elpd_i.values.round(1)
         array([-1.3, -2.3], dtype=float32)
     """
-    plates = structure(model, guide, args, kwargs).common
+    import xarray as xr
+
+    plates = problem.structure.common
     if not plates:
         raise ValueError(
             "some latent or observed site is shared by all data, so no datum has a predictive density by itself: use "
             "loo of a tree, or score new data by their posterior predictive"
         )
-    found = log_evidence(model, guide, *args, num_samples=num_draws, chunk_size=chunk_size, progress=progress, **kwargs)
-    return elpd_data(
-        found.value.cpu().numpy(),
-        found.khat.cpu().numpy(),
-        dims=[plate.name for plate in plates],
-        coords={plate.name: np.arange(plate.size) for plate in plates},
-        effective_i=np.full(tuple(found.value.shape), np.nan),
-        num_draws=num_draws,
-        good=good_khat(num_draws),
-    )
+    evidence = log_evidence(problem, num_samples=num_draws, chunk_size=chunk_size, progress=progress)
+    names = [plate.name for plate in plates]
+    coords: dict[str, Any] = {plate.name: np.arange(plate.size) for plate in plates}
+    value, khat = evidence.value.cpu().numpy(), evidence.khat.cpu().numpy()
+    observed = _with_data(problem)
+    if not observed.all():
+        if not observed.any():
+            raise ValueError("all data are masked, so there is nothing to predict: pass data with observed entries")
+        value, khat, kept = value[observed], khat[observed], np.nonzero(observed)
+        joined = "_".join(names)
+        coords = {name: (joined, index) for name, index in zip(names, kept, strict=True)}
+        names = [joined]
+    pointwise = xr.DataArray(value, dims=names, coords=coords)
+    return elpd_data(pointwise, khat, np.full(value.shape, np.nan), num_draws)
+
+
+def _with_data(problem: Problem) -> np.ndarray:
+    """Return which data have an observed entry: a density that is not 0 at each of some draws."""
+    with torch.no_grad():
+        run = problem.run(3, draw_enumerated=True)
+        observed = torch.zeros(run.shape, dtype=torch.bool)
+        for name, term in run.log_p.items():
+            if name not in run.structure.latent:
+                observed |= run.shaped(term).cpu() != 0
+    return observed.any(0).numpy()
+
+
+def _observed(likelihood: Any) -> tuple[Any, list[str]]:
+    """Return the unmasked entries of a log-likelihood (chain, draw, ...), and their dims.
+
+    Unmasked entries along several dims are stacked along one dim with their names joined.
+    """
+    masked = (likelihood == 0).all(("chain", "draw"))
+    data = [str(dim) for dim in masked.dims]
+    if not bool(masked.any()):
+        return likelihood, data
+    if bool(masked.all()):
+        raise ValueError(
+            f"every entry of log_likelihood of '{likelihood.name}' is masked: there are no data to leave out; pass "
+            "observed ones"
+        )
+    (kept,) = np.nonzero(~masked.values.ravel())
+    if len(data) == 1:
+        return likelihood.isel({data[0]: kept}), data
+    joined = "_".join(data)
+    return likelihood.stack({joined: data}).isel({joined: kept}).reset_index(joined), [joined]
 
 
 def _likelihood(tree: Any, var_name: str | None) -> Any:
@@ -271,7 +294,7 @@ def _likelihood(tree: Any, var_name: str | None) -> Any:
 
 
 def _log_ratios(tree: Any, likelihood: Any) -> np.ndarray:
-    """log p(x, z) - log q(z|x) of each draw up to a constant, flat."""
+    """Return log p(x, z) - log q(z|x) of each draw up to a constant, flat."""
     if tree.attrs.get("plate_scale", 1.0) != 1.0:
         raise ValueError(
             f"the tree is of a minibatch that stands for {tree.attrs['plate_scale']:g} times as many data: leaving one "

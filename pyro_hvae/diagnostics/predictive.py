@@ -1,10 +1,10 @@
-r"""Whether data look as the fitted model says that data look.
+r"""Posterior predictive checks.
 
 A replicate of the data is drawn from the model at each draw of the guide (the group ``posterior_predictive`` of a
-tree).  A *test quantity* T is compared with what it is on the replicates (Posterior Predictive Assessment of Model
-Fitness via Realized Discrepancies, Gelman, Meng and Stern, 1996); the *probability integral transform* places each
-datum among its own replicates and is uniform where the model predicts with the right spread.  Both use the data twice,
-so that they are milder than a check on data held out: call the programs on such data to have one.
+tree).  A *test quantity* T of the data is compared with that of the replicates (Posterior Predictive Assessment of
+Model Fitness via Realized Discrepancies, Gelman, Meng and Stern, 1996); the *probability integral transform* ranks each
+datum among its replicates and is uniform where the model predicts with the right spread.  Both use the data twice and
+are conservative; for an independent check, call the programs on held-out data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ QUANTITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "max": lambda values: values.max(-1),
     "zeros": lambda values: (values == 0).mean(-1),
 }
-"""Test quantities that are looked at by default, of all entries of a data set along the last axis."""
+"""Default test quantities, of all entries of a data set along the last axis."""
 
 
 def predictive_check(
@@ -32,7 +32,7 @@ def predictive_check(
     quantities: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     var_name: str | None = None,
 ) -> Any:
-    r"""Test quantities of the data among those of replicates.
+    r"""Compare test quantities of the data with those of replicates.
 
     Args:
         tree: of :func:`pyro_hvae.diagnostics.to_datatree`, with ``posterior_predictive`` and ``observed_data``.
@@ -85,7 +85,7 @@ def predictive_check(
 
 
 def pit(tree: Any, *, var_name: str | None = None, seed: int = 0) -> Any:
-    r"""Probability integral transform of each entry of the data.
+    r"""Compute the probability integral transform of each entry of the data.
 
     Ties are broken at random (Predictive Model Assessment for Count Data, Czado, Gneiting and Held, 2009).
 
@@ -108,7 +108,7 @@ def pit(tree: Any, *, var_name: str | None = None, seed: int = 0) -> Any:
 
 
 def _pair(tree: Any, var_name: str | None) -> tuple[np.ndarray, np.ndarray, str]:
-    """The observed site's data, its replicates (S, *data), and its name."""
+    """Return the observed site's data, its replicates (S, *data), and its name; without masked entries."""
     missing = [group for group in ("observed_data", "posterior_predictive") if group not in tree.children]
     if missing:
         raise ValueError(
@@ -121,4 +121,10 @@ def _pair(tree: Any, var_name: str | None) -> tuple[np.ndarray, np.ndarray, str]
     if name not in names:
         raise ValueError(f"no observed site {name!r} with replicates; there are {names}")
     replicated = tree["posterior_predictive"][name].stack(sample=("chain", "draw")).transpose("sample", ...)
-    return tree["observed_data"][name].values, replicated.values, str(name)
+    observed, many = tree["observed_data"][name].values, replicated.values
+    likelihood = tree.children.get("log_likelihood", {})
+    if name in likelihood:
+        masked = (likelihood[name] == 0).all(("chain", "draw")).values
+        if masked.any() and not masked.all():
+            observed, many = observed[~masked], many[:, ~masked]
+    return observed, many, str(name)

@@ -1,4 +1,4 @@
-"""Findings about a guide, the worst first, each with what it means and what to try."""
+"""Findings about a guide, the worst first, each with its meaning and advice."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 __all__ = ["LEVELS", "Finding", "Report"]
 
 LEVELS = ("wrong", "doubtful", "note", "good")
-"""How bad a finding is, the worst first."""
+"""Levels of findings, the worst first."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One finding.
 
     Attributes:
         level: of :data:`LEVELS`.
-        what: what was found, with its number.
-        meaning: what it says about the posterior.
-        advice: what to try, if anything.
-        source: where the threshold comes from.
+        what: the finding, with its number.
+        meaning: its meaning for the posterior.
+        advice: possible remedies.
+        source: the reference of the threshold.
     """
 
     level: str
@@ -36,12 +36,13 @@ class Finding:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What :func:`pyro_hvae.diagnose` found.  Printed as text, shown as a table in notebooks, kept as JSON.
+    """The result of :func:`pyro_hvae.diagnose`.  It prints as text, is a table in notebooks, and converts to JSON.
 
     Attributes:
         findings: the worst first.
-        numbers: by name, what the findings were read from: ``khat`` and ``layers`` (``xarray.Dataset``), ``elbo``,
-            ``ess``, ``calibration``, ``evidence``, ``rhat``, as far as they apply.
+        numbers: by name, the numbers behind the findings: ``khat`` and ``layers`` (``xarray.Dataset``), ``elbo``,
+            ``ess``, ``draws``, ``predictive``, ``loo``, ``calibration``, ``evidence``, ``elbos``, ``rhat``, as far as
+            they apply.
     """
 
     findings: tuple[Finding, ...]
@@ -49,11 +50,11 @@ class Report:
 
     @property
     def worst(self) -> str:
-        """The worst level."""
+        """The worst level of the findings."""
         return self.findings[0].level if self.findings else "good"
 
     def to_json(self) -> str:
-        """Findings and numbers as JSON text; not-a-number as null.
+        """Return findings and numbers as JSON text; not-a-number as null.
 
         Example:
             >>> json.loads(Report((Finding("note", "K = 3", "few"),)).to_json())["findings"][0]["level"]
@@ -67,7 +68,8 @@ class Report:
         lines = []
         for finding in self.findings:
             lines.append(f"{finding.level.upper():<9}{finding.what}")
-            lines.append(f"{'':<9}{finding.meaning}")
+            if finding.meaning:
+                lines.append(f"{'':<9}{finding.meaning}")
             if finding.advice:
                 lines.append(f"{'':<9}-> {finding.advice}")
             if finding.source:
@@ -80,9 +82,9 @@ class Report:
     __repr__ = __str__
 
     def table(self) -> Any:
-        """A row a layer, ``pandas.DataFrame``; None where no latent is local to a datum."""
-        found = self.numbers.get("layers")
-        return None if found is None else found.to_dataframe().round(3)
+        """Return a ``pandas.DataFrame`` with a row per layer; None where no latent is local to a datum."""
+        layers = self.numbers.get("layers")
+        return None if layers is None else layers.to_dataframe().round(3)
 
     def _repr_html_(self) -> str:
         rows = []
@@ -91,7 +93,7 @@ class Report:
             advice = html.escape(finding.advice)
             source = f"<br><small>{html.escape(finding.source)}</small>" if finding.source else ""
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, advice + source]) + "</tr>")
-        head = "<tr><th></th><th>found</th><th>meaning</th><th>try</th></tr>"
+        head = "<tr><th></th><th>finding</th><th>meaning</th><th>try</th></tr>"
         table = self.table()
         below = "" if table is None else table.to_html()
         return f"<table>{head}{''.join(rows)}</table>{below}"

@@ -1,6 +1,6 @@
-"""Where the chunks of draws go: into memory, or onto disk as they come, so that memory holds one chunk.
+"""Stores for chunks of draws: memory, or a file, with one chunk in memory at a time.
 
-A file is written under another name and gets its own once it is complete; an existing one is never touched.
+A file is written under a temporary name and renamed once it is complete; an existing one is not overwritten.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # the package imports without xarray, which changes the filters of warnings
+if TYPE_CHECKING:  # no import of xarray with the package: it changes the filters of warnings
     import xarray as xr
 
 __all__ = ["Memory", "NetCDF", "Zarr", "open_store"]
@@ -36,7 +36,7 @@ class Memory:
         self.arrays: Groups = {}
 
     def append(self, start: int, chunk: Groups) -> None:
-        """Take draws ``start, start + 1, ...`` of every chain."""
+        """Store draws ``start, start + 1, ...`` of every chain."""
         for group, values in chunk.items():
             into = self.arrays.setdefault(group, {})
             for name, value in values.items():
@@ -48,7 +48,7 @@ class Memory:
         return self.make_tree(self.arrays)
 
     def discard(self) -> None:
-        """Forget what was written."""
+        """Drop all draws."""
         self.arrays.clear()
 
 
@@ -63,11 +63,11 @@ class _File:
 
     def append(self, start: int, chunk: Groups) -> None:
         if start == 0:
-            self.begin(self.make_tree(chunk))
+            self.create(self.make_tree(chunk))
         else:
             self.extend(start, chunk)
 
-    def begin(self, tree: xr.DataTree) -> None:
+    def create(self, tree: xr.DataTree) -> None:
         raise NotImplementedError
 
     def extend(self, start: int, chunk: Groups) -> None:
@@ -85,7 +85,7 @@ class NetCDF(_File):
 
     file: Any = None
 
-    def begin(self, tree: xr.DataTree) -> None:
+    def create(self, tree: xr.DataTree) -> None:
         import xarray as xr
 
         xr.Dataset(attrs=tree.attrs).to_netcdf(self.partial, engine="h5netcdf")
@@ -136,9 +136,9 @@ class NetCDF(_File):
 
 
 class Zarr(_File):
-    """A zarr directory (format 2, whose strings every reader knows), of one chunk of draws a piece."""
+    """A zarr directory (format 2, for readers without strings of format 3), one piece per chunk of draws."""
 
-    def begin(self, tree: xr.DataTree) -> None:
+    def create(self, tree: xr.DataTree) -> None:
         import xarray as xr
 
         self.dims: dict[str, dict[str, tuple]] = {}
@@ -167,7 +167,7 @@ class Zarr(_File):
 
 
 def open_store(path: str | os.PathLike[str] | None, make_tree: MakeTree, num_draws: int) -> Memory | NetCDF | Zarr:
-    """The store that a path asks for by its suffix, ``.nc`` or ``.zarr``; memory without one.
+    """Return the store for a path by its suffix, ``.nc`` or ``.zarr``; memory for None.
 
     Raises:
         ValueError: for another suffix.

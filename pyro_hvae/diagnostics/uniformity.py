@@ -1,4 +1,4 @@
-r"""Whether ranks are uniform, and if not, how they fail.
+r"""Test the uniformity of ranks, and describe deviations.
 
 Of N ranks, each uniform on 0, ..., L, the number that is at most k is binomial; the smallest of its two-sided tail
 probabilities over all k is the statistic, whose distribution under uniformity is simulated.  The p-value and the bands
@@ -34,7 +34,7 @@ class Uniformity(NamedTuple):
     spread: float
 
     def words(self, alpha: float) -> str:
-        """What the ranks say at level ``alpha``."""
+        """Describe the ranks at level ``alpha``."""
         if self.p_value >= alpha:
             return "uniform"
         if max(abs(self.shift), abs(self.spread)) < 2.0:
@@ -76,7 +76,7 @@ def uniformity(ranks: np.ndarray, num_draws: int) -> Uniformity:
 
 
 def ecdf_bands(size: int, num_draws: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Simultaneous bands of the empirical distribution function of N ranks.
+    """Return simultaneous bands of the empirical distribution function of N ranks.
 
     Returns:
         Points in (0, 1], and the lower and upper ends of the bands there.
@@ -99,13 +99,13 @@ def _smallest_tail(counts: np.ndarray, points: np.ndarray, size: int, num_draws:
 
 
 def _points(num_draws: int) -> np.ndarray:
-    """Ranks at which the distribution function is looked at."""
+    """Return the ranks at which the distribution function is compared."""
     return np.unique(np.linspace(0, num_draws - 1, min(_POINTS, num_draws)).round().astype(int))
 
 
 @lru_cache(maxsize=8)
 def _tails(size: int, num_draws: int) -> np.ndarray:
-    """Two-sided tail probability of every count (columns) at every point (rows)."""
+    """Return the two-sided tail probability of every count (columns) at every point (rows)."""
     from scipy.stats import binom
 
     share = (_points(num_draws)[:, None] + 1) / (num_draws + 1)
@@ -116,7 +116,7 @@ def _tails(size: int, num_draws: int) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _null(size: int, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """The points, and the statistic of uniform ranks there."""
+    """Return the points, and simulated statistics of uniform ranks there."""
     rng = np.random.default_rng(size * 1_000_003 + num_draws)
     points = _points(num_draws)
     counts = np.empty((_SIMULATIONS, len(points)), dtype=int)

@@ -1,4 +1,4 @@
-r"""Weigh or resample the draws of a tree, so that they stand for the posterior instead of the guide.
+r"""Weigh or resample the draws of a tree, from the guide to the posterior.
 
 With draws z from q and weights :math:`w = p(x, z)/q(z|x)`, the largest of them smoothed, posterior averages are
 :math:`\sum_s w_s f(z_s) / \sum_s w_s` (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and Gabry,
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_hvae.psis import good_khat, psis
+from pyro_hvae.weights import effective_sample_size, good_khat, psis
 
 __all__ = ["resample", "smoothed_weights"]
 
@@ -20,7 +20,7 @@ SAMPLE_DIMS = ("chain", "draw")
 
 
 def smoothed_weights(tree: Any) -> Any:
-    """PSIS weights of the draws of a tree.
+    """Return PSIS weights of the draws of a tree.
 
     Args:
         tree: of :func:`pyro_hvae.diagnostics.to_datatree`, with draws of a guide or several; weights of several are
@@ -28,7 +28,7 @@ def smoothed_weights(tree: Any) -> Any:
 
     Returns:
         ``xarray.Dataset`` with ``weight`` (chain, draw, common plates), which sums to 1 over chain and draw, and
-        ``khat`` and ``ess`` (common plates); ``attrs["good_k"]`` is the largest k-hat to be trusted.
+        ``khat`` and ``ess`` (common plates); ``attrs["good_k"]`` is the largest reliable k-hat.
 
     Raises:
         ValueError: for a tree without ``log_weight``, or of a minibatch with global latents.
@@ -54,33 +54,33 @@ def smoothed_weights(tree: Any) -> Any:
     smoothed, khat = psis(flat)
     weights = smoothed.exp()
     data = log_weights.dims[2:]
-    found = xr.Dataset(
+    result = xr.Dataset(
         {
             "weight": (log_weights.dims, weights.reshape(values.shape).numpy()),
             "khat": (data, khat.numpy()),
-            "ess": (data, (1 / weights.square().sum(0)).numpy()),
+            "ess": (data, effective_sample_size(smoothed).numpy()),
         },
         coords=log_weights.coords,
     )
-    found.attrs = {"num_draws": len(flat), "good_k": good_khat(len(flat))}
-    return found
+    result.attrs = {"num_draws": len(flat), "good_k": good_khat(len(flat))}
+    return result
 
 
 def resample(tree: Any, num_draws: int | None = None, *, seed: int = 0) -> Any:
-    """Draws of the posterior from those of a guide, drawn again in proportion to their smoothed weights.
+    """Resample draws of a guide in proportion to their smoothed weights, to draws of the posterior.
 
-    Draws are taken whole, with their predictions and densities.  Where each datum has weights of its own, the draws of
-    one datum are taken without regard to the others', and what sums over the data (``lp``, ``log_q``) is left out.
-    Worth no more than the weights: look at ``khat`` of :func:`smoothed_weights` first.
+    Predictions and densities are resampled with the draws.  Where each datum has its own weights, data are resampled
+    independently, and sums over the data (``lp``, ``log_q``) are left out.  The result is as reliable as the weights:
+    check ``khat`` of :func:`smoothed_weights` first.
 
     Args:
         tree: of :func:`pyro_hvae.diagnostics.to_datatree`.
-        num_draws: how many; as many as there are by default.
-        seed: of the resampling, which is stratified: each draw is taken as often as its weight says, or once more.
+        num_draws: number of draws; that of the tree by default.
+        seed: of the stratified resampling: each draw is taken in proportion to its weight, rounded up or down.
 
     Returns:
         A tree with one chain of ``num_draws`` equally weighted draws, whose ``attrs["draws"]`` is ``"resampled"``; for
-        ArviZ, draws of the posterior, so that its ``loo``, ``loo_pit`` and ``loo_expectations`` hold as they are.
+        ArviZ, draws of the posterior, to which ``loo``, ``loo_pit`` and ``loo_expectations`` apply.
 
     Raises:
         ValueError: for ``num_draws < 1``, and as :func:`smoothed_weights`.
@@ -105,8 +105,8 @@ def resample(tree: Any, num_draws: int | None = None, *, seed: int = 0) -> Any:
 
     if num_draws is not None and num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
-    found = smoothed_weights(tree)
-    weights = found["weight"]
+    smoothed = smoothed_weights(tree)
+    weights = smoothed["weight"]
     data = weights.dims[2:]
     stacked = weights.values.reshape(-1, *weights.shape[2:])
     count = num_draws or len(stacked)
@@ -117,13 +117,13 @@ def resample(tree: Any, num_draws: int | None = None, *, seed: int = 0) -> Any:
         if "draw" in group.dims and not name.startswith("prior"):
             group = _taken(group, chosen, data)
         groups[name] = group
-    again = xr.DataTree.from_dict(groups)
-    again.attrs = {**tree.attrs, "draws": "resampled", "khat": float(found["khat"].max())}
-    return again
+    resampled = xr.DataTree.from_dict(groups)
+    resampled.attrs = {**tree.attrs, "draws": "resampled", "khat": float(smoothed["khat"].max())}
+    return resampled
 
 
 def _taken(group: Any, chosen: np.ndarray, data: tuple[Any, ...]) -> Any:
-    """The chosen draws of every variable that has the data's dims."""
+    """Return the chosen draws of every variable that has the data's dims."""
     import xarray as xr
 
     values = {}
@@ -143,7 +143,7 @@ def _taken(group: Any, chosen: np.ndarray, data: tuple[Any, ...]) -> Any:
 
 
 def _stratified(weights: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Indices ``(count, *data)`` into weights ``(S, *data)``, in random order."""
+    """Draw indices ``(count, *data)`` into weights ``(S, *data)``, in random order."""
     flat = weights.reshape(len(weights), -1)
     chosen = np.empty((count, flat.shape[1]), dtype=np.int64)
     for column in range(flat.shape[1]):
@@ -154,7 +154,7 @@ def _stratified(weights: np.ndarray, count: int, generator: np.random.Generator)
 
 
 def _log_weights(tree: Any) -> Any:
-    """``log_weight`` of a tree, where it is one of the posterior's."""
+    """Return ``log_weight`` of a tree; refuse a tree without weights of its posterior."""
     stats = tree.children.get("sample_stats")
     if stats is None or "log_weight" not in stats:
         draws = tree.attrs.get("draws", "unknown")

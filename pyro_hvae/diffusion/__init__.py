@@ -1,8 +1,8 @@
-r"""Variational diffusion models: Markovian hierarchical VAEs whose guide has nothing to learn.
+r"""Variational diffusion models: Markovian hierarchical VAEs whose guide has no parameters.
 
-The guide noises a datum step by step, the model takes the noise off again; both are Pyro programs with sites
-z1, ..., zT and x, so every bound applies.  :class:`~pyro_hvae.bounds.DiffusionELBO` has one whose cost does not grow
-with T.
+The guide adds noise to a datum step by step, by a noise schedule; the model removes it. Both are Pyro programs with
+sites z1, ..., zT and x, so every bound applies.  The cost of :class:`~pyro_hvae.bounds.DiffusionELBO` does not
+grow with T.
 """
 
 from pyro_hvae.diffusion.denoising import BinnedGaussian, DenoisingChain
@@ -11,16 +11,22 @@ from pyro_hvae.diffusion.likelihood import FlowLikelihood, dequantised_log_likel
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
 from pyro_hvae.diffusion.process import Diffusion, Noising
 from pyro_hvae.diffusion.samplers import ddim, dpm_solver, guided, probability_flow
+from pyro_hvae.diffusion.schedules import CosineSchedule, LearnedSchedule, LinearSchedule, MonotoneSchedule, Schedule
 from pyro_hvae.diffusion.variance import ReverseVariance
 
 __all__ = [
     "PARAMETERISATIONS",
     "BinnedGaussian",
+    "CosineSchedule",
     "DenoisingChain",
     "Diffusion",
     "FlowLikelihood",
+    "LearnedSchedule",
+    "LinearSchedule",
+    "MonotoneSchedule",
     "Noising",
     "ReverseVariance",
+    "Schedule",
     "convert",
     "ddim",
     "dequantised_log_likelihood",

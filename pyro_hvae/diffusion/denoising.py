@@ -2,7 +2,7 @@ r"""The generative chain of a diffusion: one denoiser behind every kernel.
 
 .. math:: p(z_T) = N(0, I),\qquad p(z_{t-1}|z_t) = q(z_{t-1}|z_t, x=\hat x(z_t;\gamma_t)),\qquad p(x|z_1).
 
-A thousand layers cost no thousand modules: kernels are made when the chain comes to them.
+Kernels are created lazily, one at a time, so that a thousand layers need no thousand modules.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_hvae import distributions
 from pyro_hvae.chains import TopDown
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
-from pyro_hvae.diffusion.process import Noising, spread
+from pyro_hvae.diffusion.process import Noising, broadcast_level
+from pyro_hvae.diffusion.schedules import Schedule
 from pyro_hvae.diffusion.variance import ReverseVariance
 from pyro_hvae.kernels import Kernel
-from pyro_hvae.schedules import Schedule
 
 __all__ = ["BinnedGaussian", "DenoisingChain", "RescaledGaussian"]
 
@@ -39,8 +40,8 @@ class RescaledGaussian(Kernel):
 
     def __init__(self, schedule: Schedule, event_dim: int = 1, *, scale: float | None = None) -> None:
         super().__init__(None, event_dim)
-        if scale is not None and scale <= 0:
-            raise ValueError(f"scale is a standard deviation, which is positive, got {scale}")
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(f"scale is a standard deviation, which is positive and finite; got {scale}")
         self._held = (schedule,)
         self.fixed_scale = scale
 
@@ -64,7 +65,7 @@ class BinnedGaussian(RescaledGaussian):
         Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
 
     Example:
-        >>> from pyro_hvae.schedules import LinearSchedule
+        >>> from pyro_hvae.diffusion import LinearSchedule
         >>> kernel = BinnedGaussian(LinearSchedule(), levels=4)
         >>> kernel(torch.zeros(3, 2)).event_shape
         torch.Size([2])
@@ -79,45 +80,8 @@ class BinnedGaussian(RescaledGaussian):
     def forward(self, parent: Tensor | None, context: Any = None) -> TorchDistribution:
         assert parent is not None
         level = self.level(parent)
-        return _Binned(parent / level.alpha, torch.exp(0.5 * level.gamma), self.levels).to_event(self.event_dim)
-
-
-class _Binned(dist.TorchDistribution):
-    """Levels -1, ..., 1 with probability in proportion to a Gaussian density."""
-
-    arg_constraints = {"loc": torch.distributions.constraints.real}  # noqa: RUF012
-    support = torch.distributions.constraints.interval(-1.0, 1.0)
-    has_rsample = False
-
-    def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
-        self.loc, self.scale, self.levels = loc, scale.expand(loc.shape), levels
-        super().__init__(loc.shape, validate_args=validate_args)
-
-    def _logits(self) -> Tensor:
-        grid = torch.linspace(-1.0, 1.0, self.levels, dtype=self.loc.dtype, device=self.loc.device)
-        return -0.5 * ((grid - self.loc.unsqueeze(-1)) / self.scale.unsqueeze(-1)) ** 2
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        index = ((value + 1) * (0.5 * (self.levels - 1))).round().long()
-        scores = self._logits().log_softmax(-1)
-        scores, index = torch.broadcast_tensors(scores, index.unsqueeze(-1))
-        return scores.gather(-1, index[..., :1]).squeeze(-1)
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        with torch.no_grad():
-            index = torch.distributions.Categorical(logits=self._logits()).sample(sample_shape)
-            return index.to(self.loc.dtype) * (2.0 / (self.levels - 1)) - 1.0
-
-    @property
-    def mean(self) -> Tensor:
-        grid = torch.linspace(-1.0, 1.0, self.levels, dtype=self.loc.dtype, device=self.loc.device)
-        return (self._logits().softmax(-1) * grid).sum(-1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Binned:
-        shape = torch.Size(batch_shape)
-        return _Binned(self.loc.expand(shape), self.scale.expand(shape), self.levels, validate_args=False)
+        levels = distributions.BinnedGaussian(parent / level.alpha, torch.exp(0.5 * level.gamma), self.levels)
+        return levels.to_event(self.event_dim)
 
 
 class DenoisingChain(TopDown):
@@ -131,8 +95,8 @@ class DenoisingChain(TopDown):
         num_layers: T; None for continuous time.
         likelihood: kernel for p(x | z_1); :class:`RescaledGaussian` by default.
         parameterisation: what the denoiser predicts.
-        reverse_variance: how much wider than q(z_{t-1}|z_t, x) the layers p(z_{t-1}|z_t) are, since x is not known; by
-            default not at all.
+        reverse_variance: factor by which p(z_{t-1}|z_t) is wider than q(z_{t-1}|z_t, x), since it does not depend on x;
+            by default it is not wider.
         name, plate: as in the chains.
 
     Raises:
@@ -140,7 +104,7 @@ class DenoisingChain(TopDown):
 
     Example:
         >>> from pyro_hvae.nn import DenoisingMLP
-        >>> from pyro_hvae.schedules import LinearSchedule
+        >>> from pyro_hvae.diffusion import LinearSchedule
         >>> _ = torch.manual_seed(0)
         >>> denoiser = DenoisingMLP(2)
         >>> model = DenoisingChain(denoiser, event_shape=(2,), schedule=LinearSchedule(-6.0, 4.0), num_layers=1000)
@@ -194,14 +158,15 @@ class DenoisingChain(TopDown):
         return MappingProxyType({"x": self._modules["x"]})
 
     def predict(self, z: Tensor, gamma: Tensor, context: Any = None, *, target: str = "x0") -> Tensor:
-        """What the denoiser says of z (..., *event_shape) at noise levels gamma (...), as ``target``."""
+        """Return the denoiser's prediction for z (..., *event_shape) at noise levels gamma (...), as ``target``."""
         levels = gamma.expand(z.shape[: z.dim() - self.event_dim])
         denoiser = self.denoiser
         if context is None or not self._denoiser_takes_context:
-            found = denoiser(z, levels)
+            output = denoiser(z, levels)
         else:
-            found = denoiser(z, levels, context)
-        return convert(found, z, spread(levels, z, self.event_dim), source=self.parameterisation, target=target)
+            output = denoiser(z, levels, context)
+        gamma = broadcast_level(levels, z, self.event_dim)
+        return convert(output, z, gamma, source=self.parameterisation, target=target)
 
     def transition(self, s: Tensor, t: Tensor, z_t: Tensor, context: Any = None) -> TorchDistribution:
         """p(z_s | z_t) for times s < t."""
@@ -246,7 +211,7 @@ class DenoisingChain(TopDown):
         gammas: Tensor | None = None
 
         def prior(parent: Tensor | None, context: Any = None) -> TorchDistribution:
-            return self.prior(self._like())
+            return self.prior(self.reference())
 
         yield f"z{self.num_layers}", prior, None
         for i in range(self.num_layers - 1, 0, -1):
@@ -264,13 +229,13 @@ class DenoisingChain(TopDown):
         self,
         *args: Any,
         visit: Callable[[DenoisingChain], Any] | None = None,
-        data_size: int | None = None,  # by name, so that a trainer sees that minibatches can be scaled
+        data_size: int | None = None,  # by name, so that fit sees that minibatches can be scaled
         **kwargs: Any,
     ) -> Any:
         """Run the chain as a program, as :class:`~pyro_hvae.chains.TopDown`; or ``visit`` inside of the call.
 
-        Parameters register with Pyro while a module's call is under way, and not in its other methods; an estimator
-        that needs more of this chain than its trace passes a function of it.
+        Parameters register with Pyro only during a module's call, not in its other methods; an estimator
+        that needs more of this chain than its trace passes ``visit``, a function of the chain.
         """
         return super().forward(*args, data_size=data_size, **kwargs) if visit is None else visit(self)
 
@@ -280,14 +245,14 @@ class DenoisingChain(TopDown):
         if self.reverse_variance is not None:
             excess = torch.expm1(upper.gamma - lower.gamma) * self.reverse_variance(upper.gamma)
             variance = variance * (1 + excess)
-        loc = spread(of_z, z, self.event_dim) * z + spread(of_x, z, self.event_dim) * xhat
-        return dist.Normal(loc, spread(variance.sqrt(), z, self.event_dim)).to_event(self.event_dim)
+        loc = broadcast_level(of_z, z, self.event_dim) * z + broadcast_level(of_x, z, self.event_dim) * xhat
+        return dist.Normal(loc, broadcast_level(variance.sqrt(), z, self.event_dim)).to_event(self.event_dim)
 
-    def _like(self) -> Tensor:
-        """A tensor on the chain's device and of its dtype."""
-        for found in (*self.parameters(), *self.buffers()):
-            if found.is_floating_point():
-                return found
+    def reference(self) -> Tensor:
+        """Return a tensor on the chain's device and of its dtype."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                return tensor
         return torch.empty(())
 
     def _path(self) -> list[str]:
@@ -300,7 +265,7 @@ class DenoisingChain(TopDown):
 
 
 def _takes_context(denoiser: nn.Module) -> bool:
-    """Whether ``denoiser.forward`` names a third positional argument."""
+    """Return whether ``denoiser.forward`` names a third positional argument."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     arguments = inspect.signature(denoiser.forward).parameters.values()
     return sum(argument.kind in positional for argument in arguments) >= 3

@@ -1,6 +1,6 @@
 r"""The density of a diffusion's probability flow.
 
-Along the deterministic flow the marginals of the process are kept, and the log-density of a datum changes by the
+The deterministic flow has the marginals of the process, and the log-density of a datum changes by the
 divergence of the drift.  In y = z / alpha and the noise ratio r = sigma / alpha the flow is :math:`dy/dr=\hat\epsilon`,
 
 .. math:: \log p(z_0) = \log q(z_T) + \int \nabla\cdot\frac{dz}{dt}\,dt
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_hvae.diffusion.denoising import DenoisingChain
 from pyro_hvae.diffusion.process import Noising
+from pyro_hvae.distributions.levels import Levels, check_levels
 
 __all__ = ["FlowLikelihood", "dequantised_log_likelihood", "flow_log_likelihood"]
 
@@ -46,14 +47,14 @@ def flow_log_likelihood(
     r"""Log-density of data under the probability-flow ODE.
 
     Args:
-        model: a denoising chain; its schedule's first level is where ``z`` stands.
+        model: a denoising chain; ``z`` is at the first level of its schedule.
         z: (N, *event_shape); for discrete data see :func:`dequantised_log_likelihood`.
         context: for the denoiser.
         end: log-density at t = 1, from (N, *event_shape) to (N,); the standard normal by default.
         num_probes: random directions of Hutchinson's estimate of the divergence; None takes the exact trace, at the
             cost of a gradient per dim.
         num_steps: fixed Runge-Kutta (order 4) steps, equal in gamma.
-        rtol: relative tolerance of ``torchdiffeq``'s adaptive solver, used instead of fixed steps if given.
+        rtol: relative tolerance of ``torchdiffeq``'s adaptive solver, used instead of fixed steps unless ``None``.
 
     Returns:
         :class:`FlowLikelihood`.
@@ -100,8 +101,8 @@ def flow_log_likelihood(
         if rtol is not None:
             from torchdiffeq import odeint
 
-            found = odeint(both, start, torch.stack([first, last]), rtol=rtol, atol=rtol)
-            return found[0][-1], found[1][-1]
+            states, traces = odeint(both, start, torch.stack([first, last]), rtol=rtol, atol=rtol)
+            return states[-1], traces[-1]
         return _runge_kutta(both, start, first, last, num_steps)
 
     final, gained = model(visit=run)
@@ -147,26 +148,23 @@ def dequantised_log_likelihood(
     Reference:
         A Note on the Evaluation of Generative Models (Theis, van den Oord and Bethge, 2016).
     """
-    if levels < 2 or num_draws < 1 or not high > low:
-        raise ValueError(
-            f"need levels >= 2, num_draws >= 1 and high > low, got {levels}, {num_draws} and [{low}, {high}]"
-        )
+    check_levels(levels, low, high)
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     width = (high - low) / (levels - 1)
-    place = (x - low) / width
-    off = (place - place.round()).abs() > 1e-2
-    if bool(off.any()) or bool((place < -0.5).any()) or bool((place > levels - 0.5).any()):
-        worst = x[off | (place < -0.5) | (place > levels - 0.5)][0].item()
+    off = ~Levels(levels, low, high).check(x)
+    if bool(off.any()):
         raise ValueError(
-            f"x must stand at one of {levels} levels from {low} to {high}, got {worst:.6g}: noise of one level's width "
-            "bounds the log-probability of a level alone. For continuous data use flow_log_likelihood"
+            f"x must stand at one of {levels} levels from {low} to {high}, got {x[off][0].item():.6g}: noise of one "
+            "level's width bounds the log-probability of a level alone. For continuous data use flow_log_likelihood"
         )
     dim = math.prod(model.event_shape)
     values, errors = [], []
     for _ in range(num_draws):
         noisy = x + (torch.rand_like(x) - 0.5) * width
-        found = flow_log_likelihood(model, noisy, **options)
-        values.append(found.value + dim * math.log(width))
-        errors.append(found.stderr)
+        density = flow_log_likelihood(model, noisy, **options)
+        values.append(density.value + dim * math.log(width))
+        errors.append(density.stderr)
     drawn = torch.stack(values)
     stderr = errors[0] if num_draws == 1 else drawn.std(0) / num_draws**0.5
     return FlowLikelihood(drawn.mean(0), stderr)

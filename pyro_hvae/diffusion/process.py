@@ -10,8 +10,7 @@ With gamma(t) = -log SNR(t), s < t, and :math:`\alpha^2=\mathrm{sigmoid}(-\gamma
     q(z_s|z_t,x) &= N\Bigl(\frac{\alpha_{t|s}\sigma_s^2 z_t + \alpha_s\sigma_{t|s}^2 x}{\sigma_t^2},\
         \frac{\sigma_{t|s}^2\sigma_s^2}{\sigma_t^2} I\Bigr) &&\text{posterior}
 
-Differences of nearby terms are taken as ``expm1`` of differences of gamma, so that a thousand layers in float32 lose no
-digits.
+Differences of nearby terms are taken as ``expm1`` of differences, so that a thousand layers in float32 stay accurate.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pyro_hvae.chains import batch_size
-from pyro_hvae.missing import shown
-from pyro_hvae.schedules import Schedule
+from pyro_hvae.chains.arguments import batch_size, check_data_size
+from pyro_hvae.chains.missing import zero_masked
+from pyro_hvae.diffusion.schedules import Schedule
 
-__all__ = ["Diffusion", "Noising", "spread"]
+__all__ = ["Diffusion", "Noising", "broadcast_level"]
 
 
 class Noising(NamedTuple):
@@ -61,8 +60,8 @@ class Noising(NamedTuple):
         return of_z, of_x, variance
 
 
-def spread(level: Tensor, like: Tensor, event_dim: int) -> Tensor:
-    """A noise level per datum (or one for all), laid out to broadcast against events."""
+def broadcast_level(level: Tensor, like: Tensor, event_dim: int) -> Tensor:
+    """Reshape a noise level per datum (or one for all) so that it broadcasts against events."""
     return level.reshape(level.shape + (1,) * event_dim) if level.dim() else level
 
 
@@ -80,7 +79,7 @@ class Diffusion(PyroModule):
         ValueError: for T < 1; or on a call, for continuous time.
 
     Example:
-        >>> from pyro_hvae.schedules import LinearSchedule
+        >>> from pyro_hvae.diffusion import LinearSchedule
         >>> _ = torch.manual_seed(0)
         >>> guide = Diffusion(LinearSchedule(-6.0, 4.0), num_layers=3)
         >>> {site: tuple(z.shape) for site, z in guide(torch.zeros(5, 2)).items()}
@@ -101,7 +100,7 @@ class Diffusion(PyroModule):
         super().__init__(name)
         if num_layers is not None:
             schedule.grid(num_layers)
-        self._held = (schedule,)  # in a tuple, so that torch does not register it a second time
+        self._held = (schedule,)  # a tuple, so that torch does not register it a second time
         self.num_layers = num_layers
         self.plate_name = plate
         self.event_dim = event_dim
@@ -122,17 +121,17 @@ class Diffusion(PyroModule):
     def marginal(self, t: Tensor, x: Tensor) -> TorchDistribution:
         """q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
         level = Noising(self.schedule(t))
-        return self._normal(spread(level.alpha, x, self.event_dim) * x, level.sigma)
+        return self._normal(broadcast_level(level.alpha, x, self.event_dim) * x, level.sigma)
 
     def step(self, s: Tensor, t: Tensor, z_s: Tensor) -> TorchDistribution:
         """q(z_t | z_s) for s < t."""
         alpha, variance = Noising(self.schedule(t)).step_from(Noising(self.schedule(s)))
-        return self._normal(spread(alpha, z_s, self.event_dim) * z_s, variance.sqrt())
+        return self._normal(broadcast_level(alpha, z_s, self.event_dim) * z_s, variance.sqrt())
 
     def posterior(self, s: Tensor, t: Tensor, z_t: Tensor, x: Tensor) -> TorchDistribution:
         """q(z_s | z_t, x) for s < t."""
         of_z, of_x, variance = Noising(self.schedule(t)).posterior_to(Noising(self.schedule(s)))
-        loc = spread(of_z, z_t, self.event_dim) * z_t + spread(of_x, x, self.event_dim) * x
+        loc = broadcast_level(of_z, z_t, self.event_dim) * z_t + broadcast_level(of_x, x, self.event_dim) * x
         return self._normal(loc, variance.sqrt())
 
     def forward(
@@ -144,11 +143,11 @@ class Diffusion(PyroModule):
         data_size: int | None = None,
         visit: Callable[[Diffusion], Any] | None = None,
     ) -> Any:
-        """Draw z_1, ..., z_T given x; or run ``visit`` on this module, inside of its call.
+        """Draw z_1, ..., z_T given x; or run ``visit`` on this module, inside its call.
 
         Args:
             x: data (N, *event_shape).
-            context: taken and not used, since noise does not depend on it.
+            context: not used, since noise does not depend on it.
             mask: True = observed; missing entries are noised as zeros.
             data_size: size of the data set of which x is a minibatch.
 
@@ -163,24 +162,25 @@ class Diffusion(PyroModule):
                 "DiffusionELBO, or give num_layers"
             )
         size = batch_size(self.name, x, None, mask, None)
-        x = shown(x, mask)
+        x = zero_masked(x, mask)
         gammas = self.gammas(x)
         values: dict[str, Tensor] = {}
         value = x
         total = size if data_size is None else data_size
+        check_data_size(total, size)
         with pyro.plate(self.plate_name, total, subsample=torch.arange(size, device=x.device), dim=-1):
             for i in range(self.num_layers):
                 level = Noising(gammas[i])
                 if i == 0:
-                    found = self._normal(level.alpha * x, level.sigma)
+                    conditional = self._normal(level.alpha * x, level.sigma)
                 else:
                     alpha, variance = level.step_from(Noising(gammas[i - 1]))
-                    found = self._normal(alpha * value, variance.sqrt())
-                value = values[f"z{i + 1}"] = pyro.sample(f"z{i + 1}", found)
+                    conditional = self._normal(alpha * value, variance.sqrt())
+                value = values[f"z{i + 1}"] = pyro.sample(f"z{i + 1}", conditional)
         return values
 
     def _normal(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
-        return dist.Normal(loc, spread(scale, loc, self.event_dim)).to_event(self.event_dim)
+        return dist.Normal(loc, broadcast_level(scale, loc, self.event_dim)).to_event(self.event_dim)
 
     def __repr__(self) -> str:
         return f"Diffusion({self.schedule!r}, num_layers={self.num_layers}, name={self.name!r})"

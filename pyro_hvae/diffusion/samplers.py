@@ -72,7 +72,7 @@ def probability_flow(
     Other arguments as :func:`ddim`.
 
     Args:
-        rtol: relative tolerance of ``torchdiffeq``'s adaptive solver, used instead of fixed steps if given.
+        rtol: relative tolerance of ``torchdiffeq``'s adaptive solver, used instead of fixed steps unless ``None``.
 
     Raises:
         ImportError: for ``rtol`` without ``torchdiffeq``.
@@ -134,7 +134,7 @@ class guided(nn.Module):
 
     Args:
         denoiser: called with (z, gamma, context).
-        null_context: what stands for no context, (c,); the denoiser must have seen it in training.
+        null_context: value that means "no context", (c,); the denoiser must be trained with it.
         weight: w >= 0; 0 changes nothing.
 
     Reference:
@@ -143,7 +143,7 @@ class guided(nn.Module):
 
     def __init__(self, denoiser: nn.Module, null_context: Tensor, weight: float) -> None:
         super().__init__()
-        if weight < 0:
+        if not weight >= 0:  # false for NaN too
             raise ValueError(f"the guidance weight must be at least 0, got {weight}")
         self.denoiser = denoiser
         self.register_buffer("null_context", null_context)
@@ -169,13 +169,13 @@ def _solve(
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
 
     def run(chain: DenoisingChain) -> Tensor:
-        like = chain._like()
+        like = chain.reference()
         z = torch.randn(size, *chain.event_shape, dtype=like.dtype, device=like.device)
         gammas = chain.schedule(torch.linspace(1.0, 0.0, num_steps + 1, dtype=like.dtype, device=like.device))
         for upper, lower in itertools.pairwise(gammas):
             z = step(Noising(lower), Noising(upper), z)
-        found = chain.likelihood(z, context)
-        return found.mean if mean else found.sample()
+        likelihood = chain.likelihood(z, context)
+        return likelihood.mean if mean else likelihood.sample()
 
     with torch.no_grad():
         return model(visit=run)

@@ -1,7 +1,7 @@
-r"""The variance of the layers p(z_s|z_t), which do not know x.
+r"""The variance of the layers p(z_s|z_t), which do not depend on x.
 
-By the law of total variance the layer that fits best is wider than :math:`q(z_s|z_t,x)`, by what is not known of x.
-With :math:`r(\gamma_t) = \mathrm E\|\epsilon-\hat\epsilon\|^2/d`, the denoiser's mean square error per dim,
+By the law of total variance the layer that fits best is wider than :math:`q(z_s|z_t,x)`, by the variance of x given
+z_t.  With :math:`r(\gamma_t) = \mathrm E\|\epsilon-\hat\epsilon\|^2/d`, the denoiser's mean square error per dim,
 
 .. math:: \sigma^2_p = \sigma^2_q\,\bigl(1 + \mathrm{expm1}(\gamma_t-\gamma_s)\,r(\gamma_t)\bigr)
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyro_hvae.diffusion.process import Noising, spread
+from pyro_hvae.diffusion.process import Noising, broadcast_level
 
 if TYPE_CHECKING:
     from pyro_hvae.diffusion.denoising import DenoisingChain
@@ -67,7 +67,7 @@ class ReverseVariance(nn.Module):
         """Set r to the denoiser's mean square error on data, the analytic optimum for the denoiser as it is.
 
         Args:
-            model: the chain, in whose ``reverse_variance`` this stands.
+            model: the chain of which this is the ``reverse_variance``.
             x: data (N, *event_shape).
             context: for the denoiser.
             num_draws: of noise, for each datum and level.
@@ -77,13 +77,13 @@ class ReverseVariance(nn.Module):
         levels = torch.linspace(self.gamma_min, self.gamma_max, self.logits.shape[0]).to(x)
 
         def errors(chain: DenoisingChain) -> Tensor:
-            found = []
+            errors_by_level = []
             for gamma in levels:
                 level = Noising(gamma)
                 noise = torch.randn(num_draws, *x.shape, dtype=x.dtype, device=x.device)
-                z = spread(level.alpha, x, chain.event_dim) * x + level.sigma * noise
-                found.append(((noise - chain.predict(z, gamma, context, target="eps")) ** 2).mean())
-            return torch.stack(found)
+                z = broadcast_level(level.alpha, x, chain.event_dim) * x + level.sigma * noise
+                errors_by_level.append(((noise - chain.predict(z, gamma, context, target="eps")) ** 2).mean())
+            return torch.stack(errors_by_level)
 
         self.logits.copy_(torch.logit(model(visit=errors).clamp(_EDGE, 1 - _EDGE)))
 

@@ -1,9 +1,11 @@
-"""The evidence log p(x) itself: estimated, bracketed, and compared with the bound that was trained."""
+"""Estimates and brackets of the evidence log p(x), and its gap to the bound."""
 
-from pyro_hvae.evidence.annealed import Chains, Moves, anneal, annealing, sigmoid_temperatures, temperatures
+from pyro_hvae.evidence.annealed import Chains, anneal, annealing
 from pyro_hvae.evidence.gap import PosteriorGap, RefinedGuide, posterior_gap, refine
 from pyro_hvae.evidence.importance import Evidence, log_evidence
+from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.sandwich import Sandwich, evidence_sandwich
+from pyro_hvae.evidence.temperatures import sigmoid_temperatures, temperatures
 
 __all__ = [
     "Chains",

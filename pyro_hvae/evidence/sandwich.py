@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_hvae.evidence.annealed import Chains, anneal
-from pyro_hvae.evidence.importance import check_weights
+from pyro_hvae.evidence.annealed import Chains, run_chains, tuned_moves
+from pyro_hvae.evidence.bases import base_problem
+from pyro_hvae.evidence.path import Path
+from pyro_hvae.problem import Problem, of_pair
+from pyro_hvae.weights import check_weights
 
 __all__ = ["Sandwich", "evidence_sandwich"]
 
@@ -23,9 +25,9 @@ class Sandwich:
         lower: mean log-weight of the forward chains, less 1.96 of its standard errors; ``-inf`` where a chain started
             at latents under which the datum is impossible, as draws of a prior may be.
         upper: mean log-weight of the reverse chains, plus 1.96 of its standard errors.
-        upper_is_bound: whether the reverse chains started at given posterior draws.  Otherwise they started where the
-            forward chains ended, and ``upper`` is an estimate that is low where those did not reach the posterior.
-        forward, reverse: the chains themselves.
+        upper_is_bound: whether the reverse chains started at posterior draws.  Otherwise they started where the forward
+            chains ended, and ``upper`` is an estimate that is low where those did not reach the posterior.
+        forward, reverse: the chains.
     """
 
     lower: Tensor
@@ -48,27 +50,35 @@ class Sandwich:
         )
 
 
+@of_pair
 def evidence_sandwich(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
-    *args: Any,
+    problem: Problem,
+    *,
     posterior_samples: Mapping[str, Tensor] | None = None,
+    base: str | None = None,
     num_chains: int = 16,
-    **kwargs: Any,
+    betas: int | str | Sequence[float] | Tensor = 100,
+    num_leapfrog: int = 5,
+    num_moves: int = 1,
+    num_refreshes: int = 20,
+    resample: bool = False,
+    progress: bool = False,
 ) -> Sandwich:
     r"""Bracket log p(x) for each datum by annealed importance sampling both ways.
 
     For data simulated from the model, the latents that they were simulated from are exact posterior draws, one for
-    each datum (:func:`pyro_hvae.traces.simulate` gives both); then both sides are bounds in expectation, and the
-    bracket tells how well annealing works for this model.
+    each datum (:meth:`~pyro_hvae.problem.Problem.simulate` gives both); then both sides are bounds in expectation, and
+    the bracket measures how well annealing works for this model.
 
     Args:
-        model, guide: Pyro programs, called with ``args`` and ``kwargs``; guide None anneals from the prior.
+        model, guide: Pyro programs, called with ``args`` and ``kwargs``; or a bound
+            :class:`~pyro_hvae.problem.Problem` instead of all of these.
         posterior_samples: posterior draws by site, ``num_chains`` on the leftmost dim, or one for each datum without
-            that dim, which every chain then starts from, after moves that leave the posterior as it is.
+            that dim; then every chain starts from it, after moves that leave the posterior invariant.
+        base: the base, ``"guide"`` or ``"prior"``; by default the guide, and the prior without one.
         num_chains: K >= 2 for each datum and direction.
-        kwargs: also those of :func:`pyro_hvae.evidence.anneal`: ``betas``, ``num_leapfrog``, ``num_moves``,
-            ``base``, ``num_refreshes`` (20), ``progress``.
+        betas, num_leapfrog, num_moves, num_refreshes, progress: as in :func:`pyro_hvae.evidence.anneal`.
+        resample: refused, since resampled chains depend on each other.
 
     Returns:
         :class:`Sandwich`.
@@ -81,36 +91,30 @@ def evidence_sandwich(
         the Quantitative Analysis of Decoder-Based Generative Models (Wu et al., 2017).
 
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> from pyro_hvae.traces import simulate
+        >>> import pyro.distributions as dist
+        >>> from pyro_hvae.conjugate import model
+        >>> from pyro_hvae.problem import Problem
         >>> _ = torch.manual_seed(0)
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> latents, (x,), _ = simulate(model, (torch.zeros(2),))
-        >>> bracket = evidence_sandwich(model, None, x, posterior_samples=latents, num_chains=64, betas=50)
-        >>> exact = dist.Normal(0.0, 2.0**0.5).log_prob(x)
+        >>> latents, simulated = Problem(model)(torch.zeros(2)).simulate()
+        >>> bracket = evidence_sandwich(simulated, posterior_samples=latents, num_chains=64, betas=50)
+        >>> exact = dist.Normal(0.0, 2.0**0.5).log_prob(simulated.args[0])
         >>> bool(((bracket.lower <= exact) & (exact <= bracket.upper)).all()), bracket.upper_is_bound
         (True, True)
     """
     if num_chains < 2:
         raise ValueError(f"a standard error needs num_chains >= 2, got {num_chains}")
-    if kwargs.get("resample"):
+    if resample:
         raise ValueError("resampled chains are not independent, so the bracket would have no standard error")
-    options: dict[str, Any] = {"num_chains": num_chains, **kwargs}
-    if guide is None:
-        options.setdefault("base", "prior")
-    forward = anneal(model, guide, *args, **options)
+    start = base_problem(problem, base or ("guide" if problem.guided else "prior"))
+    path = Path(start, num_chains)
+    starts = None if posterior_samples is None else _starts(posterior_samples, path)
+    moves = tuned_moves(start, num_chains, betas, num_leapfrog, num_moves)
+    forward = run_chains(moves.on(path), progress=progress)
     check_weights(forward.log_weights)
-    if posterior_samples is None:
-        path = forward.moves.path
-        starts = path.constrain(path.revived(path.unconstrain(forward.values), torch.isfinite(forward.log_weights)))
-    else:
-        places = {name: forward.values[name] for name in forward.moves.path.transforms}
-        starts = _starts(posterior_samples, places, num_chains)
-    options["moves"] = forward.moves
-    reverse = anneal(model, guide, *args, reverse_from=starts, **{"num_refreshes": 20, **options})
+    if starts is None:
+        has_weight = torch.isfinite(forward.log_weights)
+        starts = path.constrain(path.replace_dead(path.unconstrain(forward.values), has_weight))
+    reverse = run_chains(moves.on(path), reverse_from=starts, num_refreshes=num_refreshes, progress=progress)
     check_weights(reverse.log_weights)
     low, below = _mean_and_error(forward.log_weights)
     high, above = _mean_and_error(reverse.log_weights)
@@ -118,25 +122,27 @@ def evidence_sandwich(
 
 
 def _mean_and_error(weights: Tensor) -> tuple[Tensor, Tensor]:
-    none = (weights == -torch.inf).any(0)  # a chain without weight: no bound but -inf, and no spread
+    none = (weights == -torch.inf).any(0)  # a weight of zero: the mean is -inf, and the error 0
     error = weights.masked_fill(none, 0.0).std(0) / weights.shape[0] ** 0.5
     return weights.mean(0), error
 
 
-def _starts(samples: Mapping[str, Tensor], like: Mapping[str, Tensor], num_chains: int) -> dict[str, Tensor]:
-    found = {}
-    for name, value in like.items():
+def _starts(samples: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return posterior draws, one for each chain of a path."""
+    starts = {}
+    for name in path.transforms:
         if name not in samples:
             raise ValueError(
-                f"posterior_samples has no site '{name}'; given: {sorted(samples)}. For draws of the model's latents "
+                f"posterior_samples has no site '{name}'; it has {sorted(samples)}. For draws of the model's latents "
                 'where the guide draws sites of its own, anneal from the prior (base="prior")'
             )
-        given = samples[name]
-        single = given.numel() * num_chains == value.numel()
-        if not single and given.numel() != value.numel():
+        draws, shape = samples[name], path.problem.template.nodes[name]["fn"].shape()
+        single = draws.numel() == shape.numel()
+        if not single and draws.numel() != path.num_chains * shape.numel():
             raise ValueError(
-                f"posterior_samples['{name}'] has shape {tuple(given.shape)}; one draw for each datum has "
-                f"{tuple(value.shape[1:])}, and {num_chains} chains have {tuple(value.shape)}: set num_chains"
+                f"posterior_samples['{name}'] has shape {tuple(draws.shape)}; one draw for each datum has "
+                f"{tuple(shape)}, and {path.num_chains} chains have {(path.num_chains, *shape)}: set num_chains"
             )
-        found[name] = given.reshape(value.shape[1:]).expand(value.shape) if single else given
-    return found
+        starts[name] = draws.reshape(shape).expand(path.num_chains, *shape) if single else draws
+    path.unconstrain(starts)  # refuses draws outside of the base's support
+    return starts

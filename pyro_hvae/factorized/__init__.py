@@ -1,15 +1,15 @@
-r"""Products of factors in the place of a posterior, by either direction of the divergence (seed section 2).
+r"""Approximate a posterior by a product of factors, by either direction of the divergence (seed section 2).
 
 .. math:: q(z) = \prod_b q_b(z_b)
 
-- :func:`forward_kl` minimises :math:`\mathrm{KL}(p(z|x)\,\|\,q(z))`, which the marginals do: they cover every mode and
-  each has its full width;
-- :func:`reverse_kl` minimises :math:`\mathrm{KL}(q(z)\,\|\,p(z|x))`, mean-field variational inference: it settles in a
-  mode and takes the width of the conditionals;
-- :func:`total_correlation` is what no product can give back;
-- :func:`compare_guides` puts both divergences and k-hat of each into a table.
+- :func:`forward_kl` minimises :math:`\mathrm{KL}(p(z|x)\,\|\,q(z))`, the minimum is the product of the marginals,
+  which cover every mode at full width;
+- :func:`reverse_kl` minimises :math:`\mathrm{KL}(q(z)\,\|\,p(z|x))`, mean-field variational inference: the minimum
+  is near one mode, with the width of the conditionals;
+- :func:`total_correlation` is the smallest KL(p||q) of any product;
+- :func:`compare_guides` returns a table of both divergences and k-hat.
 
-Both return a :class:`ProductGuide`, a Pyro program like any other guide.
+The first two return a :class:`ProductGuide`, a Pyro program like any other guide.
 """
 
 from pyro_hvae.factorized.compare import Comparison, compare_guides

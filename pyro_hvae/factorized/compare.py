@@ -1,4 +1,4 @@
-"""Products, and any other guides, side by side: both divergences from the posterior, and k-hat of each."""
+"""Compare products and other guides: both divergences from the posterior, and k-hat of each."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hvae.factorized.forward import (
-    divergence_from,
-    forward_kl,
-    gaussian_kl,
-    match,
-)
+from pyro_hvae.factorized.draws import draw, log_density, prepare
+from pyro_hvae.factorized.exact import check_num_samples, exact_posterior
+from pyro_hvae.factorized.forward import divergence_from, forward_kl
+from pyro_hvae.factorized.gaussian import Gaussian, gaussian_kl
 from pyro_hvae.factorized.guide import ProductGuide
-from pyro_hvae.factorized.posterior import (
-    Configurations,
-    Gaussian,
-    Posterior,
-    Weighted,
-    exactly,
-)
+from pyro_hvae.factorized.match import match
+from pyro_hvae.factorized.posterior import Posterior, Weighted
 from pyro_hvae.factorized.reverse import reverse_kl
-from pyro_hvae.psis import good_khat, pareto_khat
+from pyro_hvae.factorized.sites import latents_of
+from pyro_hvae.factorized.tables import Configurations
+from pyro_hvae.problem import Problem, of_model
+from pyro_hvae.problem.isolation import unchanged
+from pyro_hvae.weights import check_weights, good_khat, pareto_khat
 
 __all__ = ["Comparison", "compare_guides"]
 
@@ -44,9 +41,9 @@ class Comparison:
         reverse, reverse_stderr: KL(q||p) likewise; log p(x) less the ELBO.
         khat: of the weights p/q of each guide's draws.
         log_evidence, stderr: log p(x), and its error.
-        total_correlation: what no product can be without in KL(p||q); None where it is not known.
+        total_correlation: the smallest KL(p||q) of a product; None where it is unknown.
         evidence_khat: of the weights behind log p(x) and KL(p||q); ``-inf`` where these are exact.
-        how: how the posterior is known.
+        how: the method that gave the posterior.
         plates: names of the plates.
         num_samples: draws of each guide.
         guides: the guides by name.
@@ -73,11 +70,11 @@ class Comparison:
         return self.log_evidence - self.reverse
 
     def to_dataset(self) -> Any:
-        """``xarray.Dataset`` of all numbers, with the dims ``guide`` and the plates."""
+        """Return an ``xarray.Dataset`` of all numbers, with the dims ``guide`` and the plates."""
         import xarray as xr
 
         by_guide = ("guide", *self.plates)
-        found = {
+        columns = {
             "forward_kl": (by_guide, self.forward),
             "forward_kl_stderr": (by_guide, self.forward_stderr),
             "reverse_kl": (by_guide, self.reverse),
@@ -89,9 +86,9 @@ class Comparison:
             "log_evidence_khat": (self.plates, self.evidence_khat),
         }
         if self.total_correlation is not None:
-            found["total_correlation"] = (self.plates, self.total_correlation)
+            columns["total_correlation"] = (self.plates, self.total_correlation)
         attrs = {"how": self.how, "num_samples": self.num_samples, "good_k": good_khat(self.num_samples)}
-        arrays = {name: (dims, value.detach().cpu().numpy()) for name, (dims, value) in found.items()}
+        arrays = {name: (dims, value.detach().cpu().numpy()) for name, (dims, value) in columns.items()}
         return xr.Dataset(arrays, coords={"guide": list(self.names)}, attrs=attrs)
 
     def __repr__(self) -> str:
@@ -120,28 +117,27 @@ class Comparison:
         return "\n".join(lines)
 
 
+@of_model
 def compare_guides(
-    model: Program,
-    *args: Any,
+    problem: Problem,
+    *,
     guides: Mapping[str, Program] | None = None,
     proposal: Program | None = None,
     families: Mapping[str, Any] | None = None,
     blocks: Sequence[Sequence[str]] = (),
     num_samples: int = 10_000,
-    **kwargs: Any,
 ) -> Comparison:
-    r"""Both divergences of guides from the posterior, and k-hat of each.
+    r"""Compute both divergences of guides from the posterior, and k-hat of each.
 
-    Where the posterior is a table or Gaussian, so are the divergences of products from it exact.  Elsewhere
+    For a table, and for a linear-Gaussian model, the divergences of products are exact.  Elsewhere
     :math:`\mathrm{KL}(p\|q) = \mathrm E_p[\log p(x, z) - \log q(z)] - \log p(x)` and
     :math:`\mathrm{KL}(q\|p) = \log p(x) - \mathrm{ELBO}(q)` are estimated, with expectations under the posterior and
-    log p(x) from weighted draws of all guides and the proposal together, a mixture in equal parts that covers what any
-    of them covers.
+    log p(x) from weighted draws of all guides and the proposal together, a mixture in equal parts.
 
     Args:
-        model: a Pyro program, called with ``args`` and ``kwargs``.
+        problem: a Pyro program with its data, ``compare_guides(model, *args, **kwargs)``, or a bound problem.
         guides: guides by name, products or others; by default :func:`forward_kl` and :func:`reverse_kl` are fitted.
-        proposal: a further guide to draw from; by default the prior.
+        proposal: a further guide to draw from; by default the guide of the problem if it has one, else the prior.
         families, blocks: of the products that are fitted.
         num_samples: draws of each guide, at least 100.
 
@@ -149,41 +145,42 @@ def compare_guides(
         :class:`Comparison`; ``print`` shows a table, ``to_dataset()`` gives the numbers by datum.
 
     Raises:
-        ValueError: for what :func:`forward_kl` refuses, an empty ``guides``, or a guide with auxiliary sites.
+        ValueError: as :func:`forward_kl`; for an empty ``guides``, or a guide with auxiliary or enumerated
+            sites or without a density.
 
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_hvae.conjugate import two_causes
         >>> _ = torch.manual_seed(0)
-        >>> def model(x):
-        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
-        >>> table = compare_guides(model, torch.tensor(3.0))
+        >>> table = compare_guides(two_causes, torch.tensor(3.0))
         >>> table.forward[0], table.reverse[1]
         (tensor(0.1438), tensor(0.1438))
     """
+    check_num_samples(num_samples)
+    problem = prepare(problem, proposal)
     if guides is None:
         shared: dict[str, Any] = {"families": families, "blocks": blocks}
         guides = {
-            "forward": forward_kl(model, *args, proposal=proposal, num_samples=num_samples, **shared, **kwargs),
-            "reverse": reverse_kl(model, *args, **shared, **kwargs),
+            "forward": forward_kl(problem, num_samples=num_samples, **shared),
+            "reverse": reverse_kl(problem, **shared),
         }
     elif not guides:
         raise ValueError("guides is empty: give guides by name, or None for the two products")
-    joint, exact = exactly(model, args, kwargs, proposal, num_samples)
-    with torch.no_grad():
+    with unchanged(problem.model, problem.guide, *guides.values()), torch.no_grad():
+        latents = latents_of(problem)
+        exact = exact_posterior(problem, latents)
         posterior: Posterior
         if exact is None:
-            posterior = Weighted(joint, [joint.base, *guides.values()], num_samples * (len(guides) + 1))
+            problems = [problem, *(problem.with_guide(guide) for guide in guides.values())]
+            posterior = Weighted(problems, latents, num_samples * (len(guides) + 1))
         else:
             posterior = exact
         rows = [_row(posterior, guide, num_samples) for guide in guides.values()]
         correlation = None
-        if isinstance(posterior, (Configurations, Gaussian)):
-            marginals = ProductGuide(joint.latents, None, blocks)
-            match(marginals, posterior, num_samples)
-            correlation = divergence_from(posterior, marginals)
-    columns = [torch.stack(column) for column in zip(*rows)]
+        if exact is not None:
+            marginals = ProductGuide(latents, None, blocks)
+            match(marginals, exact, num_samples)
+            correlation = divergence_from(exact, marginals)
+    columns = [torch.stack(column) for column in zip(*rows, strict=True)]
     return Comparison(
         names=tuple(guides),
         forward=columns[0],
@@ -196,17 +193,18 @@ def compare_guides(
         total_correlation=correlation,
         evidence_khat=posterior.khat,
         how=posterior.how,
-        plates=tuple(plate.name for plate in joint.latents.common),
+        plates=tuple(plate.name for plate in latents.common),
         num_samples=num_samples,
         guides=dict(guides),
     )
 
 
 def _row(posterior: Posterior, guide: Program, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """KL(p||q) and its error, KL(q||p) and its error, and k-hat."""
-    joint = posterior.joint
-    _, log_p, log_q = joint.draws(guide, num_samples)
-    raw = log_p - log_q
+    """Return KL(p||q) and its error, KL(q||p) and its error, and k-hat."""
+    problem, latents = posterior.problem.with_guide(guide), posterior.latents
+    drawn = draw(problem, latents, num_samples)
+    raw = drawn.log_p - drawn.log_q
+    check_weights(raw)
     khat = pareto_khat(raw)
     none = torch.zeros_like(posterior.log_evidence)
     moments = guide.gaussian() if isinstance(guide, ProductGuide) else None
@@ -214,25 +212,32 @@ def _row(posterior: Posterior, guide: Program, num_samples: int) -> tuple[Tensor
         forward = gaussian_kl(posterior.mean, posterior.covariance, *moments)
         reverse = gaussian_kl(*moments, posterior.mean, posterior.covariance)
         return forward, none, reverse, none, khat
-    values, log_weights, log_joint = posterior.draws(num_samples)
-    gap = log_joint - joint.density(guide, values)
-    gap = torch.where(log_weights == -torch.inf, 0.0, gap)
+    values, log_weights, log_joint = posterior.sample(num_samples)
+    log_q = log_density(problem, latents, values)
     weights = log_weights.exp()
+    gap = torch.where(weights > 0, log_joint - log_q, 0.0)  # +inf where the guide has no density
     mean = (weights * gap).sum(0)
     forward = mean - posterior.log_evidence
     if isinstance(posterior, Configurations):
-        log_q = joint.density(guide, values)
         terms = log_q.exp() * (log_q - log_weights)
-        # A table can't hold a probability of exactly 0; what is below the smallest number counts as one.
+        # The logits of a table are finite: a probability below the smallest number counts as 0.
         reverse = torch.where(log_q.exp() <= 1e-30, 0.0, terms).sum(0)
         return forward, none, reverse, none, khat
-    # log p(x) is an estimate from the same draws, so to first order that of KL(p||q) moves with both of its parts.
-    moves = weights * (gap - mean)
+    # log p(x) is an estimate from the same draws: the error of KL(p||q) has both parts, to first order.
+    influence = weights * (gap - mean)
     if not isinstance(posterior, Gaussian):
-        moves = moves - weights + 1 / len(weights)
+        influence = influence - weights + 1 / len(weights)
     reverse = posterior.log_evidence - raw.mean(0)
     reverse_error = (raw.var(0) / len(raw) + posterior.stderr**2).sqrt()
-    return forward, (moves**2).sum(0).sqrt(), reverse, reverse_error, khat
+    forward_error = (influence**2).sum(0).sqrt()
+    # One draw where the other has no density makes a divergence infinite; then its error is 0.
+    return (
+        forward,
+        torch.where(forward == torch.inf, 0.0, forward_error),
+        reverse,
+        torch.where(reverse == torch.inf, 0.0, reverse_error),
+        khat,
+    )
 
 
 def _mean(value: Tensor) -> str:

@@ -1,8 +1,8 @@
-r"""Factors of a product: each a module that returns a distribution and can be matched to weighted draws.
+r"""Factors of a product: modules that return a distribution and can be matched to weighted draws.
 
-For an exponential family :math:`q(z) = h(z)\exp(\eta^\top T(z) - A(\eta))` the minimum of KL(p||q) is where the
-expectations agree, :math:`\mathrm E_q[T] = \mathrm E_p[T]`; :meth:`Family.match` solves that.  Any other family is
-fitted to the same draws by gradient, :func:`fit_by_gradient`.
+For an exponential family :math:`q(z) = h(z)\exp(\eta^\top T(z) - A(\eta))` KL(p||q) is least where
+expectations agree, :math:`\mathrm E_q[T] = \mathrm E_p[T]`; :meth:`Family.match` solves this equation.  Other
+families are fitted to the same draws by gradient, :func:`fit_by_gradient`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, identity_transform
 
 from pyro_hvae.factorized.sites import Site
+from pyro_hvae.problem.supports import bare_support
 
 __all__ = ["FAMILIES", "Family", "family_for", "fit_by_gradient"]
 
 
-class Family(PyroModule):
+class Family(nn.Module):
     """One factor for each element of a site; ``forward()`` returns its distribution.
 
     Args:
-        site: the site whose place the factor takes.
+        site: the site of the factor.
         like: a tensor of the dtype and device for the parameters.
     """
 
@@ -37,11 +37,11 @@ class Family(PyroModule):
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        """Whether the family lives on the site's support."""
+        """Whether the family has the site's support."""
         raise NotImplementedError
 
     def match(self, values: Tensor, weights: Tensor) -> None:
-        """Set the parameters where expectations agree with those of draws.
+        """Set the parameters so that expectations equal those of weighted draws.
 
         Args:
             values: ``(K, *site.shape)``.
@@ -52,25 +52,24 @@ class Family(PyroModule):
     def forward(self) -> Any:
         raise NotImplementedError
 
-    def _set(self, **values: Tensor) -> None:
+    def put(self, **values: Tensor) -> None:
+        """Set the parameters of these names to values."""
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self, name).copy_(value)
 
 
-def bare_support(site: Site) -> Any:
-    support = site.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
+def expectation(weights: Tensor, statistic: Tensor) -> Tensor:
+    """Return the weighted sum of a statistic; draws of zero weight are dropped, infinite ones included."""
+    return torch.where(weights > 0, weights * statistic, 0.0).sum(0)
 
 
 def bounds_of(site: Site) -> tuple[float | None, float | None] | None:
-    """Lower and upper bound of a continuous support, None where there is none; no pair where elements differ."""
-    support = bare_support(site)
+    """Return lower and upper bound of a continuous support, None for none; None if the elements' bounds differ."""
+    support = bare_support(site.prior)
     if support.is_discrete:
         return None
-    found = []
+    bounds = []
     for name in ("lower_bound", "upper_bound"):
         bound = getattr(support, name, None)
         if bound is not None:
@@ -78,12 +77,12 @@ def bounds_of(site: Site) -> tuple[float | None, float | None] | None:
             if bool((bound != bound.reshape(-1)[0]).any()):
                 return None
             bound = float(bound.reshape(-1)[0])
-        found.append(bound)
-    return found[0], found[1]
+        bounds.append(bound)
+    return bounds[0], bounds[1]
 
 
 class Normal(Family):
-    """Normal on the real line that the site's support is mapped to: LogNormal where that is positive."""
+    """Normal on the real line, mapped to the site's support: LogNormal where that is positive."""
 
     supports = "any continuous support"
 
@@ -100,19 +99,19 @@ class Normal(Family):
 
     @property
     def linear(self) -> bool:
-        """Whether the site itself, and not a transform of it, is Normal."""
+        """Whether the site is Normal without a transform."""
         return is_identity(self.transform)
 
     def match(self, values: Tensor, weights: Tensor) -> None:
         u = self.transform.inv(values)
         weights = weights.reshape(weights.shape[: weights.dim() - (values.dim() - u.dim())])  # a matrix becomes a row
-        loc = (weights * u).sum(0)
-        variance = (weights * (u - loc) ** 2).sum(0)
+        loc = expectation(weights, u)
+        variance = expectation(weights, (u - loc) ** 2)
         self.set(loc, 0.5 * variance.clamp(min=1e-24).log())
 
     def set(self, loc: Tensor, log_scale: Tensor) -> None:
-        """Put the two numbers of each element in place."""
-        self._set(loc=loc, log_scale=log_scale)
+        """Set the location and the log scale of each element."""
+        self.put(loc=loc, log_scale=log_scale)
 
     def forward(self) -> Any:
         base = dist.Normal(self.loc, self.log_scale.exp())
@@ -135,13 +134,13 @@ class Gamma(Family):
         return bounds_of(site) == (0.0, None)
 
     def match(self, values: Tensor, weights: Tensor) -> None:
-        mean, mean_log = (weights * values).sum(0), (weights * values.log()).sum(0)
+        mean, mean_log = expectation(weights, values), expectation(weights, values.log())
         s = (mean.log() - mean_log).clamp(min=1e-12)
         log_a = ((3 - s + ((s - 3) ** 2 + 24 * s).sqrt()) / (12 * s)).log()
         for _ in range(50):
             a = log_a.exp()
             log_a = log_a - (log_a - a.digamma() - s) / (1 - a * torch.polygamma(1, a))
-        self._set(log_concentration=log_a, log_rate=log_a - mean.log())
+        self.put(log_concentration=log_a, log_rate=log_a - mean.log())
 
     def forward(self) -> Any:
         return dist.Gamma(self.log_concentration.exp(), self.log_rate.exp()).to_event(self.site.event_dim)
@@ -156,12 +155,12 @@ class Dirichlet(Family):
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        return bare_support(site) is constraints.simplex
+        return bare_support(site.prior) is constraints.simplex
 
     def match(self, values: Tensor, weights: Tensor) -> None:
         tiny = torch.finfo(values.dtype).tiny
-        statistics = (weights * values.clamp(min=tiny).log()).sum(0)
-        self._set(log_concentration=dirichlet_from(statistics).log())
+        statistics = expectation(weights, values.clamp(min=tiny).log())
+        self.put(log_concentration=dirichlet_from(statistics).log())
 
     def forward(self) -> Any:
         return dist.Dirichlet(self.log_concentration.exp()).to_event(self.site.event_dim - 1)
@@ -181,8 +180,8 @@ class Beta(Family):
     def match(self, values: Tensor, weights: Tensor) -> None:
         eps = torch.finfo(values.dtype).eps
         values = values.clamp(eps, 1 - eps)
-        statistics = torch.stack([(weights * values.log()).sum(0), (weights * torch.log1p(-values)).sum(0)], -1)
-        self._set(log_concentration=dirichlet_from(statistics).log())
+        statistics = torch.stack([expectation(weights, values.log()), expectation(weights, torch.log1p(-values))], -1)
+        self.put(log_concentration=dirichlet_from(statistics).log())
 
     def forward(self) -> Any:
         first, second = self.log_concentration.exp().unbind(-1)
@@ -198,14 +197,14 @@ class Bernoulli(Family):
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        return bare_support(site) is constraints.boolean
+        return bare_support(site.prior) is constraints.boolean
 
     def match(self, values: Tensor, weights: Tensor) -> None:
         self.from_tables(torch.stack([(weights * (values == v)).sum(0) for v in (0, 1)], -1))
 
     def from_tables(self, tables: Tensor) -> None:
         log = log_tables(tables)
-        self._set(logits=log[..., 1] - log[..., 0])
+        self.put(logits=log[..., 1] - log[..., 0])
 
     def tables(self) -> Tensor:
         return torch.stack([torch.sigmoid(-self.logits), torch.sigmoid(self.logits)], -1)
@@ -219,12 +218,12 @@ class Categorical(Family):
 
     def __init__(self, site: Site, like: Tensor) -> None:
         super().__init__(site, like)
-        count = int(torch.as_tensor(bare_support(site).upper_bound).max()) + 1
+        count = int(torch.as_tensor(bare_support(site.prior).upper_bound).max()) + 1
         self.logits = nn.Parameter(like.new_zeros((*site.shape, count)))
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        support = bare_support(site)
+        support = bare_support(site.prior)
         return isinstance(support, constraints.integer_interval) and bool(
             (torch.as_tensor(support.lower_bound) == 0).all()
         )
@@ -234,7 +233,7 @@ class Categorical(Family):
         self.from_tables(torch.stack([(weights * (values == v)).sum(0) for v in range(count)], -1))
 
     def from_tables(self, tables: Tensor) -> None:
-        self._set(logits=log_tables(tables))
+        self.put(logits=log_tables(tables))
 
     def tables(self) -> Tensor:
         return self.logits.softmax(-1)
@@ -252,10 +251,10 @@ class Poisson(Family):
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        return bare_support(site) is constraints.nonnegative_integer
+        return bare_support(site.prior) is constraints.nonnegative_integer
 
     def match(self, values: Tensor, weights: Tensor) -> None:
-        self._set(log_rate=(weights * values).sum(0).clamp(min=1e-12).log())
+        self.put(log_rate=expectation(weights, values).clamp(min=1e-12).log())
 
     def forward(self) -> Any:
         return dist.Poisson(self.log_rate.exp()).to_event(self.site.event_dim)
@@ -270,22 +269,22 @@ FAMILIES: dict[str, type[Family]] = {
     "normal": Normal,
     "gamma": Gamma,
 }
-"""By name; where none is named, the first that fits a site's support is taken."""
+"""Families by name; the default of a site is the first that fits its support."""
 
 
 def family_for(site: Site, named: Any, like: Tensor) -> nn.Module:
-    """The factor of a site: by name, by support where ``named`` is None, or a callable that makes a module.
+    """Build the factor of a site: by name, by support where ``named`` is None, or by a callable that makes a module.
 
     Raises:
-        ValueError: for an unknown name, a family that does not live on the site's support, a support that no family
-            here lives on, or a maker of something else than modules.
+        ValueError: for an unknown name, a family with another support than the site's, a support without a family, or
+            a callable that does not make a module.
     """
     if named is None:
         for family in FAMILIES.values():
             if family.fits(site):
                 return family(site, like)
         raise ValueError(
-            f"no family is known for site '{site.name}' with support {site.support}: give a module that returns "
+            f"no family for site '{site.name}' with support {site.support}: give a module that returns "
             f"a distribution, families={{'{site.name}': ...}}"
         )
     if isinstance(named, str):
@@ -297,23 +296,23 @@ def family_for(site: Site, named: Any, like: Tensor) -> nn.Module:
                 f"family {named!r} is for {family.supports}, and site '{site.name}' has support {site.support}"
             )
         return family(site, like)
-    return checked(site, named)
+    return module_from(site, named)
 
 
-def checked(site: Site, maker: Any) -> nn.Module:
-    """The module that a user's maker makes, if its distribution has the site's event shape."""
+def module_from(site: Site, maker: Any) -> nn.Module:
+    """Build a user's module, and check the event shape of its distribution."""
     where = f"families['{site.name}']"
     if not callable(maker) or isinstance(maker, (nn.Module, torch.distributions.Distribution)):
-        raise ValueError(f"{where} is {maker!r}; a name, or a callable without arguments that makes a module, is meant")
+        raise ValueError(f"{where} is {maker!r}; it must be a name, or a callable that makes a module")
     module = maker()
     if not isinstance(module, nn.Module):
         raise ValueError(
-            f"{where} makes a {type(module).__name__}, which is no module: nothing of it can be fitted. Put its "
+            f"{where} makes a {type(module).__name__}, which is no module and can't be fitted. Put its "
             "parameters into a torch.nn.Module whose forward() returns the distribution"
         )
-    found = module().event_shape
-    if found != site.event_shape:
-        raise ValueError(f"{where} has event shape {tuple(found)}, and the site {tuple(site.event_shape)}")
+    event_shape = module().event_shape
+    if event_shape != site.event_shape:
+        raise ValueError(f"{where} has event shape {tuple(event_shape)}, and the site {tuple(site.event_shape)}")
     return module
 
 
@@ -325,12 +324,14 @@ def fit_by_gradient(module: nn.Module, values: Tensor, weights: Tensor, *, steps
         values: ``(K, *site.shape)``.
         weights: normalised along dim 0, in the shape of ``module().log_prob(values)`` or broadcastable to it.
     """
+    used = (weights > 0).reshape(len(weights), -1).any(1)  # log q may have no gradient at draws of zero weight
+    values, weights = values[used], weights[used]
     optimizer = torch.optim.LBFGS(module.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss = -(weights * module().log_prob(values)).sum()
+            loss = -expectation(weights, module().log_prob(values)).sum()
             loss.backward()
         return loss
 
@@ -338,7 +339,7 @@ def fit_by_gradient(module: nn.Module, values: Tensor, weights: Tensor, *, steps
 
 
 def dirichlet_from(statistics: Tensor) -> Tensor:
-    """Concentrations with given E[log z_i], by Newton's method on their logarithms.
+    """Solve for the concentrations with E[log z_i] = statistics, by Newton's method on their logarithms.
 
     Reference:
         Estimating a Dirichlet Distribution (Minka, 2000), for the equations.
@@ -358,7 +359,7 @@ def dirichlet_from(statistics: Tensor) -> Tensor:
             torch.diag_embed(a**2 * torch.polygamma(1, a))
             - a[..., :, None] * a[..., None, :] * (torch.polygamma(1, a.sum(-1))[..., None, None])
         )
-        # Convex in a, but not everywhere in log a, where the plain Gauss part of the curvature is used.
+        # Convex in a, but not in log a: the curvature without its term of first derivatives.
         step = torch.linalg.solve(curve + 1e-12 * eye, slope)
         step = step.clamp(-2.0, 2.0)
         scale = torch.ones_like(step[..., :1])
@@ -374,16 +375,16 @@ def dirichlet_from(statistics: Tensor) -> Tensor:
 
 
 def log_tables(tables: Tensor) -> Tensor:
-    """Logarithms of probabilities; an impossible value keeps a finite one, so that a table can be trained further."""
+    """Return logarithms of probabilities, bounded below so that a table can be trained further."""
     return (tables / tables.sum(-1, keepdim=True)).clamp(min=torch.finfo(tables.dtype).tiny).log()
 
 
-def strip(transform: Any) -> Any:
+def without_events(transform: Any) -> Any:
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     return transform
 
 
 def is_identity(transform: Any) -> bool:
-    transform = strip(transform)
+    transform = without_events(transform)
     return transform is identity_transform or (isinstance(transform, ComposeTransform) and not transform.parts)

@@ -2,11 +2,12 @@ r"""A product of factors as a Pyro program, :math:`q(z) = \prod_b q_b(z_b)` (see
 
 A factor is one element of one site, or a block of sites that are kept joint.  Within a block the sites are drawn one
 after another, each given those before it: from conditional tables, or from the conditionals of a Gaussian on the real
-line that the supports are mapped to.
+line, mapped to the supports.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,12 +19,12 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_hvae.factorized.families import Normal, family_for, is_identity, log_tables
-from pyro_hvae.factorized.sites import Latents, Site, size_of, within
+from pyro_hvae.factorized.sites import Latents, Site, entered, size_of
 
-__all__ = ["GaussianGiven", "ProductGuide", "TableGiven"]
+__all__ = ["ConditionalGaussian", "ConditionalTable", "ProductGuide"]
 
 
-class TableGiven(PyroModule):
+class ConditionalTable(nn.Module):
     """q(z | the sites before it in its block) as a table; every site has one discrete element a datum."""
 
     def __init__(self, site: Site, sizes: Sequence[int], like: Tensor) -> None:
@@ -32,10 +33,10 @@ class TableGiven(PyroModule):
         self.logits = nn.Parameter(like.new_zeros((*site.shape, math.prod(self.sizes[:-1]), self.sizes[-1])))
 
     def set(self, tables: Tensor) -> None:
-        """``tables``: joint probabilities ``(*site.shape, *sizes)`` of the sites before it and this one."""
+        """Set the table from joint probabilities ``(*site.shape, *sizes)`` of the sites before it and this one."""
         with torch.no_grad():
             joint = tables.reshape(self.logits.shape)
-            empty = joint.sum(-1, keepdim=True) <= 0  # a condition that never holds may have any table
+            empty = joint.sum(-1, keepdim=True) <= 0  # the table of an impossible condition is arbitrary
             self.logits.copy_(log_tables(torch.where(empty, torch.ones_like(joint), joint)))
 
     def forward(self, before: Sequence[Tensor]) -> Any:
@@ -52,7 +53,7 @@ class TableGiven(PyroModule):
         return dist.Categorical(logits=logits)
 
 
-class GaussianGiven(PyroModule):
+class ConditionalGaussian(nn.Module):
     """q(z | the sites before it in its block): multivariate Normal and linear, on the real line."""
 
     def __init__(self, latents: Latents, site: Site, before: Sequence[Site], like: Tensor) -> None:
@@ -64,8 +65,8 @@ class GaussianGiven(PyroModule):
         self.loc = nn.Parameter(like.new_zeros((*batch, width)))
         self.log_diagonal = nn.Parameter(like.new_zeros((*batch, width)))
         self.below = nn.Parameter(like.new_zeros((*batch, width, width)))
-        known = sum(math.prod(self._event(other)) for other in before)
-        self.gain = nn.Parameter(like.new_zeros((*batch, width, known))) if known else None
+        earlier = sum(math.prod(self._event(other)) for other in before)
+        self.gain = nn.Parameter(like.new_zeros((*batch, width, earlier))) if earlier else None
 
     @staticmethod
     def _event(site: Site) -> torch.Size:
@@ -73,17 +74,17 @@ class GaussianGiven(PyroModule):
         return torch.Size(shape[len(site.batch_shape) :])
 
     def set(self, mean: Tensor, covariance: Tensor) -> None:
-        """Moments of the sites before it and this one, side by side: ``(*data, d)`` and ``(*data, d, d)``."""
+        """Set it from the joint moments of the sites before it and this one: ``(*data, d)`` and ``(*data, d, d)``."""
         width = self.loc.shape[-1]
-        known = mean.shape[-1] - width
-        own = covariance[..., known:, known:]
-        loc = mean[..., known:]
+        earlier = mean.shape[-1] - width
+        own = covariance[..., earlier:, earlier:]
+        loc = mean[..., earlier:]
         with torch.no_grad():
             if self.gain is not None:
-                gain = torch.linalg.solve(covariance[..., :known, :known], covariance[..., :known, known:]).mT
+                gain = torch.linalg.solve(covariance[..., :earlier, :earlier], covariance[..., :earlier, earlier:]).mT
                 self.gain.copy_(gain.reshape(self.gain.shape))
-                own = own - gain @ covariance[..., :known, known:]
-                loc = loc - (gain @ mean[..., :known, None])[..., 0]
+                own = own - gain @ covariance[..., :earlier, earlier:]
+                loc = loc - (gain @ mean[..., :earlier, None])[..., 0]
             factor = torch.linalg.cholesky(0.5 * (own + own.mT))
             self.loc.copy_(loc.reshape(self.loc.shape))
             self.log_diagonal.copy_(factor.diagonal(dim1=-2, dim2=-1).log().reshape(self.loc.shape))
@@ -92,11 +93,11 @@ class GaussianGiven(PyroModule):
     def forward(self, before: Sequence[Tensor]) -> Any:
         loc: Tensor = self.loc
         if self.gain is not None:
-            known = [
+            free = [
                 site.to_support.inv(value).reshape(*value.shape[: value.dim() - site.event_dim], -1)
                 for site, value in zip(self.before, before, strict=True)
             ]
-            loc = loc + (self.gain @ torch.cat(known, -1)[..., None])[..., 0]
+            loc = loc + (self.gain @ torch.cat(free, -1)[..., None])[..., 0]
         factor = self.below.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
         event = self._event(self.site)
         base: Any = dist.MultivariateNormal(loc, scale_tril=factor)
@@ -109,25 +110,24 @@ class GaussianGiven(PyroModule):
 
 
 class ProductGuide(PyroModule):
-    """A guide that is a product of factors, for the data that it was made for.
+    """A guide that is a product of factors, for one data set.
 
-    It takes the model's arguments and looks at none of them.  Its factors are modules with parameters, so it can be
-    trained further by any bound.
+    It takes the model's arguments and ignores them.  Its factors are modules with parameters, so any bound can train it
+    further.
 
     Attributes:
-        khat: of the weights that it was matched with, by datum; ``-inf`` where it is exact, None where it was
-            trained.
+        khat: of the weights that it was matched to, by datum; ``-inf`` where it is exact, None where it was trained.
         ess: effective number of those weights.
-        how: how it was obtained.
+        how: the method that gave it.
 
     Args:
         latents: sites of the model.
-        families: names or makers of factors by site; by support where none is given.
+        families: names or makers of factors by site; the default depends on the support.
         blocks: groups of sites that are kept joint.
         name: of the module, in Pyro's parameter store.
 
     Raises:
-        ValueError: for blocks that overlap, name no latent site, or mix what can't be joint.
+        ValueError: for blocks that overlap, name no latent site, or mix discrete and continuous sites.
     """
 
     khat: Tensor | None = None
@@ -159,20 +159,20 @@ class ProductGuide(PyroModule):
                     factor = family_for(site, named.get(member), latents.like)
                 elif site.support.is_discrete:
                     sizes = [size_of(latents.sites[other]) for other in block[: position + 1]]
-                    factor = TableGiven(site, sizes, latents.like)
+                    factor = ConditionalTable(site, sizes, latents.like)
                 else:
-                    factor = GaussianGiven(latents, site, before, latents.like)
+                    factor = ConditionalGaussian(latents, site, before, latents.like)
                 setattr(self, self.keys[member], factor)
 
     def factor(self, name: str) -> Any:
-        """The module of a site."""
+        """Return the module of a site."""
         return getattr(self, self.keys[name])
 
     def distribution(self, name: str) -> Any:
-        """The distribution of a site, in the shape of its plates and event, without gradient.
+        """Return the distribution of a site, in the shape of its plates and event, without gradient.
 
         Raises:
-            ValueError: for a site that is not there, or one that is drawn given others of its block.
+            ValueError: for an unknown site, or one that is drawn given others of its block.
         """
         if name not in self.keys:
             raise ValueError(f"no latent site '{name}'; there are {list(self.keys)}")
@@ -184,19 +184,19 @@ class ProductGuide(PyroModule):
         return torch.func.functional_call(factor, fixed, ([],) if name in self.joint else ())
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        plates = self.latents.enter(self.latents.sites)
+        plates = self.latents.plates()
         values: dict[str, Tensor] = {}
         for block in self.blocks:
             for position, name in enumerate(block):
                 factor = self.factor(name)
-                with within(self.latents.sites[name], plates):
-                    given = [values[other] for other in block[:position]]
-                    fn = factor(given) if name in self.joint else factor()
+                with entered(self.latents.sites[name], plates):
+                    before = [values[other] for other in block[:position]]
+                    fn = factor(before) if name in self.joint else factor()
                     values[name] = pyro.sample(name, fn)
         return values
 
     def gaussian(self) -> tuple[Tensor, Tensor] | None:
-        """Mean ``(*data, D)`` and covariance of all latents side by side; None where a factor is not Gaussian."""
+        """Return mean ``(*data, D)`` and covariance of all latents; None where a factor is not Gaussian."""
         means: list[Any] = []
         covariances: list[Any] = []
         order: list[str] = []
@@ -209,22 +209,22 @@ class ProductGuide(PyroModule):
                 if isinstance(factor, Normal) and factor.linear:
                     mean = latents.flatten(factor.loc[None], site)[0]
                     covariance = torch.diag_embed(latents.flatten((2 * factor.log_scale).exp()[None], site)[0])
-                elif isinstance(factor, GaussianGiven) and is_identity(factor.transform):
+                elif isinstance(factor, ConditionalGaussian) and is_identity(factor.transform):
                     mean, covariance = extend(mean, covariance, factor)
                 else:
                     return None
             means.append(mean)
             covariances.append(covariance)
-        sizes = {n: latents.flatten(latents.like.expand(1, *s.shape), s).shape[-1] for n, s in latents.sites.items()}
-        starts = dict(zip(order, torch.tensor([0] + [sizes[n] for n in order]).cumsum(0).tolist()))
+        sizes = {name: latents.elements(site) for name, site in latents.sites.items()}
+        starts = dict(zip(order, itertools.accumulate([0, *(sizes[name] for name in order)]), strict=False))
         index = [starts[name] + k for name in latents.sites for k in range(sizes[name])]
         mean = torch.cat(means, -1)[..., index]
         covariance = block_diagonal(covariances)[..., index, :][..., :, index]
         return mean.detach(), covariance.detach()
 
 
-def extend(mean: Tensor | None, covariance: Tensor | None, factor: GaussianGiven) -> tuple[Tensor, Tensor]:
-    """Joint moments of a block so far and the next site, given the linear conditional of the latter."""
+def extend(mean: Tensor | None, covariance: Tensor | None, factor: ConditionalGaussian) -> tuple[Tensor, Tensor]:
+    """Return the joint moments of a block's first sites and the next one, from its linear conditional."""
     data = factor.latents.data_shape
     width = factor.loc.shape[-1]
     loc = factor.loc.reshape(*data, width)
@@ -252,7 +252,7 @@ def block_diagonal(blocks: Sequence[Any]) -> Tensor:
 
 
 def check_blocks(latents: Latents, blocks: Sequence[Sequence[str]], named: Mapping[str, Any]) -> None:
-    """Refuse blocks that can't be factors, and families for sites that are not there."""
+    """Refuse invalid blocks, and families of unknown sites."""
     if isinstance(blocks, str) or any(isinstance(block, str) for block in blocks):
         raise ValueError(f"blocks is a list of groups of site names, such as [('z1', 'z2')], got {blocks!r}")
     names = [name for block in blocks for name in block]
@@ -261,10 +261,10 @@ def check_blocks(latents: Latents, blocks: Sequence[Sequence[str]], named: Mappi
         raise ValueError(f"no latent site {unknown}; the model has {sorted(latents.sites)}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"site(s) {twice} stand in more than one block")
+        raise ValueError(f"site(s) {twice} are in more than one block")
     both = sorted(set(names) & set(named))
     if both:
-        raise ValueError(f"site(s) {both} stand in a block, whose family is given by the supports; name no other")
+        raise ValueError(f"site(s) {both} are in a block, whose family follows the supports: drop them from families")
     for block in blocks:
         discrete = {latents.sites[name].support.is_discrete for name in block}
         if len(discrete) > 1:
@@ -274,7 +274,7 @@ def check_blocks(latents: Latents, blocks: Sequence[Sequence[str]], named: Mappi
             inner = [plate.name for plate in site.plates if plate not in latents.common]
             if inner:
                 raise ValueError(
-                    f"site '{name}' of block {tuple(block)} stands in plate(s) {inner}, across which no block reaches"
+                    f"site '{name}' of block {tuple(block)} is in plate(s) {inner}, which a block can't cross"
                 )
             if discrete == {True} and site.event_dim:
                 raise ValueError(f"site '{name}' has an event dim; a block of tables takes sites with one element each")

@@ -1,4 +1,4 @@
-r"""Kernels: what a chain is made of, maps from a parent value to a distribution.
+r"""Kernels: maps from a parent value to a distribution, the parts of a chain.
 
 A kernel is p(z | parent, context): any ``torch.nn.Module`` whose ``forward(parent, context=None)`` returns a
 Pyro distribution over one datum's event, with every leading dim of ``parent`` (particles, data) as a batch
@@ -10,8 +10,8 @@ dim. The kernels here wrap a network ``net`` that turns the parent into the para
 
     \mathrm{LinearGaussian:}\quad z \sim N(W\,parent + b,\; S)
 
-**What the network is given.** Of ``parent`` and ``context``, those that are not ``None`` (the first kernel of
-a ``TopDown`` has no parent): one of them is passed as ``net(value)``; two are passed as ``net(parent,
+**Input of the network.** Of ``parent`` and ``context``, those that are not ``None`` (the first kernel of
+a ``TopDown`` has no parent): a single one is passed as ``net(value)``; both are passed as ``net(parent,
 context)`` where the ``forward`` of ``net`` names two positional arguments, else joined on the last dim,
 ``net(cat([parent, context], -1))``. A kernel that must not see the context is wrapped in
 :class:`WithoutContext`.
@@ -20,8 +20,8 @@ context)`` where the ``forward`` of ``net`` names two positional arguments, else
 variable (``Gaussian``, ``NegativeBinomial``, ``DiscretizedLogistic``) yields them side by side along the
 *first event dim*: for vectors the last dim, 2d wide; for images with ``event_dim=3`` the channels.
 
-Networks must accept any number of leading dims. Nothing here checks that the values are finite: that costs a
-synchronisation a call, and is done once by whoever reads the traces.
+Networks must accept any number of leading dims. Nothing here checks that the values are finite, since that
+synchronises with the device at every call; the estimators check.
 """
 
 from pyro_hvae.kernels.base import Kernel, WithoutContext

@@ -1,4 +1,4 @@
-"""What kernels share: a network, and the rule by which it is called."""
+"""Base of the kernels: a network, and the rule by which it is called."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ class Kernel(PyroModule):
             self.net = net
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The distribution; as part of a chain it registers parameters only while the chain itself does."""
+        """Return the distribution; within a chain, register parameters only while the chain does."""
         if self._pyro_name and not self._pyro_context.active:
             return nn.Module.__call__(self, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     def parameters_of(self, parent: Tensor | None, context: Tensor | None) -> Tensor:
-        """Call the network on the parent and the context, each if there."""
+        """Call the network on the parent and the context, those of them that are not ``None``."""
         net = self.net
         if context is None:
             if parent is None:
                 raise ValueError(
-                    f"{type(self).__name__} was given neither a parent nor a context, so its network has no "
-                    "input. Begin the chain with StandardNormal(...), or pass context=."
+                    f"{type(self).__name__} got neither a parent nor a context, so its network has no input. Start the "
+                    "chain with StandardNormal(...), or pass context=."
                 )
             return net(parent)
         if parent is None:
@@ -63,12 +63,12 @@ class Kernel(PyroModule):
         return net(join(parent, context))
 
     def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution of this site given its parent (..., d) and context (..., c)."""
+        """Return the distribution of this site given its parent (..., d) and context (..., c)."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward(parent, context=None).")
 
 
 def takes_context(net: nn.Module) -> bool:
-    """Whether ``net.forward`` names a second positional argument."""
+    """Return whether ``net.forward`` names a second positional argument."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         arguments = inspect.signature(net.forward).parameters.values()
@@ -78,7 +78,7 @@ def takes_context(net: nn.Module) -> bool:
 
 
 def join(parent: Tensor, context: Tensor) -> Tensor:
-    """Parent (..., d) and context (..., c) side by side (..., d + c), leading dims broadcast."""
+    """Concatenate parent (..., d) and context (..., c) to (..., d + c), leading dims broadcast."""
     if parent.shape[:-1] != context.shape[:-1]:
         lead = torch.broadcast_shapes(parent.shape[:-1], context.shape[:-1])
         parent = parent.expand(lead + parent.shape[-1:])
@@ -99,7 +99,7 @@ def halves(kernel: Kernel, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class WithoutContext(PyroModule):
-    """A kernel that is not shown the chain's context.
+    """Call a kernel without the chain's context.
 
     Args:
         kernel: any kernel.

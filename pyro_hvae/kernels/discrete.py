@@ -11,7 +11,7 @@ from pyro.distributions import TorchDistribution
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
-from pyro_hvae.distributions import DiscretizedLogistic as LogisticBins
+from pyro_hvae import distributions
 from pyro_hvae.kernels.base import Kernel, halves
 
 __all__ = ["Bernoulli", "Categorical", "DiscretizedLogistic", "NegativeBinomial", "Poisson", "Transition"]
@@ -91,11 +91,14 @@ class Transition(Kernel):
     Args:
         num_states: number of states J of this site.
         num_parents: number of states I of the parent, or ``None``.
-        probs: starting table (I, J) or (J,), positive rows that sum to one; default uniform, up to noise of
-            sd 0.1 in the logits.
+        probs: starting table (I, J) or (J,), each row a distribution; default uniform, up to noise of sd 0.1 in the
+            logits. A probability of zero stays zero in training.
         enumerate: mark the site for parallel enumeration: the sum over its states is then exact, as in the
             forward algorithm. Leave it off for the observation.
         learn: whether the table is a parameter or a constant.
+
+    Raises:
+        ValueError: for ``probs`` of another shape, or with a row that is no distribution.
 
     Example:
         >>> Transition(2, 3)(torch.tensor([0, 2, 1, 1])).probs.shape
@@ -120,6 +123,7 @@ class Transition(Kernel):
         elif probs.shape != shape:
             raise ValueError(f"probs must have shape {shape}, got {tuple(probs.shape)}.")
         else:
+            _check_rows(probs)
             logits = probs.detach().log()
         self.num_states, self.num_parents = num_states, num_parents
         if learn:
@@ -133,12 +137,26 @@ class Transition(Kernel):
         logits = self.logits
         if self.num_parents is not None:
             if parent is None:
-                raise ValueError("Transition with num_parents can't begin a chain: it has no parent to look up.")
+                raise ValueError(
+                    "Transition with num_parents can't begin a chain: it needs a parent. Start with "
+                    "Transition(num_states)."
+                )
             logits = Vindex(logits)[parent.long()]
         return dist.Categorical(logits=logits)
 
     def extra_repr(self) -> str:
         return f"{self.num_states}" if self.num_parents is None else f"{self.num_states}, {self.num_parents}"
+
+
+def _check_rows(probs: Tensor) -> None:
+    """Refuse a table with a row that is no distribution, naming the first."""
+    bad = ~(torch.isfinite(probs).all(-1) & (probs >= 0).all(-1) & ((probs.sum(-1) - 1).abs() < 1e-3))
+    if bool(bad.any()):
+        row = probs.reshape(-1, probs.shape[-1])[int(bad.reshape(-1).nonzero()[0])]
+        raise ValueError(
+            f"every row of probs must hold probabilities that sum to one; got {row.tolist()}. Divide each row by "
+            "its sum."
+        )
 
 
 class DiscretizedLogistic(Kernel):
@@ -166,7 +184,7 @@ class DiscretizedLogistic(Kernel):
         super().__init__(net, event_dim)
         if event_dim < 1:
             raise ValueError("DiscretizedLogistic needs event_dim >= 1: its parameters split the first event dim.")
-        LogisticBins(0.0, 0.0, num_bins, low, high)  # refuses impossible levels now, and not at the first call
+        distributions.DiscretizedLogistic(0.0, 0.0, num_bins, low, high)  # raises for impossible levels
         self.num_bins, self.low, self.high = num_bins, low, high
 
     def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
@@ -174,7 +192,8 @@ class DiscretizedLogistic(Kernel):
         span = self.high - self.low
         loc = 0.5 * (self.low + self.high) + 0.5 * span * raw_loc
         log_scale = raw_scale + math.log(span / 8)
-        return LogisticBins(loc, log_scale, self.num_bins, self.low, self.high).to_event(self.event_dim)
+        levels = distributions.DiscretizedLogistic(loc, log_scale, self.num_bins, self.low, self.high)
+        return levels.to_event(self.event_dim)
 
     def extra_repr(self) -> str:
         return f"event_dim={self.event_dim}, num_bins={self.num_bins}, low={self.low:g}, high={self.high:g}"
@@ -194,7 +213,7 @@ class Poisson(Kernel):
 
     def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
         rate = F.softplus(self.parameters_of(parent, context)) + 1e-6
-        return dist.Poisson(rate).to_event(self.event_dim)
+        return distributions.Poisson(rate).to_event(self.event_dim)
 
 
 class NegativeBinomial(Kernel):
@@ -216,9 +235,9 @@ class NegativeBinomial(Kernel):
         super().__init__(net, event_dim)
         if event_dim < 1:
             raise ValueError(
-                "NegativeBinomial needs event_dim >= 1: its two parameters stand along the first event dim."
+                "NegativeBinomial needs event_dim >= 1: its two parameters are the halves of the first event dim."
             )
 
     def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
         raw, logits = halves(self, self.parameters_of(parent, context))
-        return dist.NegativeBinomial(F.softplus(raw) + 1e-6, logits=logits).to_event(self.event_dim)
+        return distributions.NegativeBinomial(F.softplus(raw) + 1e-6, logits=logits).to_event(self.event_dim)

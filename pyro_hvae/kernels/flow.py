@@ -14,7 +14,7 @@ __all__ = ["Adapted", "Flow"]
 
 
 class Flow(Kernel):
-    """A lazy distribution as a kernel: a module that maps a conditioning value to a ``torch`` distribution.
+    """Turn a module that maps a conditioning value to a ``torch`` distribution into a kernel.
 
     This is the interface of zuko's flows (``zuko.flows.NSF(features, context)``), which are not Pyro
     distributions; no optional package is imported here.
@@ -37,14 +37,14 @@ class Flow(Kernel):
 
     def forward(self, parent: Tensor | None, context: Tensor | None = None) -> TorchDistribution:
         net = self.net
-        given: Any = net() if parent is None and context is None else self.parameters_of(parent, context)
-        if isinstance(given, TorchDistribution):
-            return given
-        return Adapted(given)
+        result: Any = net() if parent is None and context is None else self.parameters_of(parent, context)
+        if isinstance(result, TorchDistribution):
+            return result
+        return Adapted(result)
 
 
 class Adapted(TorchDistribution):
-    """A ``torch`` distribution with the methods that Pyro asks for.
+    """Add Pyro's methods to a ``torch`` distribution.
 
     Args:
         base: the distribution, with ``sample`` or ``rsample``, ``log_prob`` and ``expand``.

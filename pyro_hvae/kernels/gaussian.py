@@ -16,7 +16,7 @@ __all__ = ["Gaussian", "LinearGaussian", "StandardNormal"]
 
 
 class StandardNormal(Kernel):
-    """N(0, I) over an event of a given shape, whatever the parent.
+    """N(0, I) over an event of shape ``event_shape``, independent of the parent.
 
     Args:
         *event_shape: shape of the event; none for a scalar.
@@ -68,7 +68,7 @@ class Gaussian(Kernel):
     def __init__(self, net: nn.Module, event_dim: int = 1, *, scale: str = "softplus", min_scale: float = 1e-3) -> None:
         super().__init__(net, event_dim)
         if event_dim < 1:
-            raise ValueError("Gaussian needs event_dim >= 1: mu and r stand side by side along the first event dim.")
+            raise ValueError("Gaussian needs event_dim >= 1: mu and r are the two halves of the first event dim.")
         if scale not in ("softplus", "exp"):
             raise ValueError(f"scale must be 'softplus' or 'exp', got {scale!r}.")
         if not 0.0 < min_scale < 1.0:
@@ -93,12 +93,11 @@ class Gaussian(Kernel):
 class LinearGaussian(Kernel):
     r"""N(W parent + b, S): the kernel with closed forms.
 
-    With ``in_features=0`` (or no parent) the mean is b alone, so that it can begin a chain. A ``context`` is
-    joined to the parent. Weights are plain parameters named ``weight`` and ``bias``; the diagonal S =
-    diag(exp(2 log_scale)), a full S = L L' with L the lower triangle of ``tril`` with its diagonal
-    exponentiated. Any of them may be replaced by a ``pyro.nn.PyroSample``: ``kernel.weight =
-    PyroSample(...)`` makes a Bayesian regression of it; particle dims on a sampled ``weight`` (K, 1, out, in)
-    broadcast.
+    With ``in_features=0`` (or no parent) the mean is b alone, so that it can be the first kernel of a chain. A
+    ``context`` is joined to the parent. Weights are plain parameters named ``weight`` and ``bias``; the diagonal S =
+    diag(exp(2 log_scale)), a full S = L L' with L the lower triangle of ``tril`` with its diagonal exponentiated. Any
+    of them may be replaced by a ``pyro.nn.PyroSample``: ``kernel.weight = PyroSample(...)`` makes a Bayesian
+    regression of it; particle dims on a sampled ``weight`` (K, 1, out, in) broadcast.
 
     Args:
         in_features: d_in >= 0.
@@ -110,7 +109,8 @@ class LinearGaussian(Kernel):
         learn: parameters (``True``) or constants (``False``, buffers).
 
     Raises:
-        ValueError: for shapes that don't fit, or both ``covariance`` and ``scale``.
+        ValueError: for shapes that don't fit, both ``covariance`` and ``scale``, a scale that is not positive and
+            finite, or a covariance that is not symmetric and positive definite.
 
     Example:
         >>> kernel = LinearGaussian(2, 1, weight=torch.tensor([[1.0, 2.0]]), scale=0.5)
@@ -150,13 +150,15 @@ class LinearGaussian(Kernel):
                 raise ValueError(
                     f"covariance must have shape {(out_features, out_features)}, got {tuple(covariance.shape)}."
                 )
-            factor = torch.linalg.cholesky(covariance.detach())
+            factor = _factor(covariance.detach())
             packed = factor.tril(-1) + factor.diagonal().log().diag_embed()
             self._hold("tril", packed, (out_features, out_features), learn)
         else:
             deviations = torch.as_tensor(1.0 if scale is None else scale, dtype=weight.dtype)
-            if bool((deviations <= 0).any()):
-                raise ValueError(f"scale holds standard deviations, which are positive; got {deviations.tolist()}.")
+            if not bool(((deviations > 0) & torch.isfinite(deviations)).all()):
+                raise ValueError(
+                    f"scale holds standard deviations, which are positive and finite; got {deviations.tolist()}."
+                )
             self._hold("log_scale", deviations.log().expand(out_features), (out_features,), learn)
 
     def _hold(self, name: str, value: Tensor, shape: tuple[int, ...], learn: bool) -> None:
@@ -205,3 +207,15 @@ class LinearGaussian(Kernel):
     def extra_repr(self) -> str:
         kind = "full" if self.full else "diagonal"
         return f"{self.in_features}, {self.out_features}, covariance={kind}"
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """Lower Cholesky factor of a covariance matrix (d, d)."""
+    asymmetry = (covariance - covariance.mT).abs().max()
+    if not bool(asymmetry <= 1e-4 * covariance.abs().max()):  # false for NaN too
+        raise ValueError(f"covariance must be symmetric and finite; got {covariance.tolist()}.")
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if bool(failed):
+        eigenvalues = torch.linalg.eigvalsh(covariance).tolist()
+        raise ValueError(f"covariance must be positive definite; its eigenvalues are {eigenvalues}.")
+    return factor

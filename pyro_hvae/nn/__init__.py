@@ -1,11 +1,11 @@
-r"""Networks for kernels and denoisers, each of which takes any number of leading dims.
+r"""Networks for kernels and denoisers; each takes any number of leading dims.
 
-A chain calls its networks on values of shape (particles..., data..., event...). A linear layer takes that as it is; a
-convolution wants exactly one batch dim, so the convolutional networks here flatten the leading dims before and
-restore them after, as :class:`Flattened` does for any network of yours. No network here normalises over the
+A chain calls its networks on values of shape (particles..., data..., event...). A linear layer takes them unchanged; a
+convolution needs one batch dim, so the convolutional networks here flatten the leading dims before and
+restore them after, as :class:`Flattened` does for any network. No network here normalises over the
 batch: batch normalisation couples the data of a minibatch, so that a bound is no longer a sum over data.
 
-**Time.** A denoiser is told :math:`\gamma = -\log SNR` of its input by sine features
+**Time.** A denoiser gets :math:`\gamma = -\log SNR` of its input as sine features
 
 .. math::
     e(\gamma) = (\sin \omega_1 \gamma, \dots, \cos \omega_1 \gamma, \dots),\qquad \omega_i = 2 \pi / P_i,
@@ -13,7 +13,7 @@ batch: batch normalisation couples the data of a minibatch, so that a bound is n
 
 so that the slowest pair is nearly linear over the range of a schedule and the fastest resolves neighbouring layers.
 
-**Where training starts.** ``xavier=True`` draws weights with variance 2 / (fan in + fan out), biases zero, the start of
+**Initial weights.** ``xavier=True`` draws weights with variance 2 / (fan in + fan out), biases zero, as in
 Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016); their decoder's output bias starts at the
 logit of the training data's mean, which is :func:`logit_of_mean`.
 """

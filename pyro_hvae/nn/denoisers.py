@@ -1,4 +1,4 @@
-"""Networks that are told how noisy their input is: ``forward(z, gamma, context=None)``."""
+"""Denoisers: networks of a noisy value and its noise level, ``forward(z, gamma, context=None)``."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class TimeEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, features))
 
     def forward(self, gamma: Tensor) -> Tensor:
-        """(...) to (..., features)."""
+        """Map (...) to (..., features)."""
         angle = gamma.to(self.frequencies.dtype).unsqueeze(-1) * self.frequencies
         return self.layers(torch.cat([angle.sin(), angle.cos()], -1))
 
 
 class DenoisingMLP(nn.Module):
-    r"""Denoiser for vectors: residual layers that see gamma and a context.
+    r"""Denoiser for vectors: residual layers with gamma and a context as inputs.
 
     Args:
         features: d, width of z and of the output.
@@ -57,7 +57,7 @@ class DenoisingMLP(nn.Module):
         context_features: c, width of the context or number of classes; 0 for none.
 
     Raises:
-        ValueError: at the call, for a context that was not foreseen.
+        ValueError: at the call, for a context where ``context_features=0``.
 
     Example:
         >>> DenoisingMLP(2)(torch.zeros(5, 7, 2), torch.tensor(-1.0)).shape
@@ -75,7 +75,7 @@ class DenoisingMLP(nn.Module):
         self.output = nn.Linear(hidden, features)
 
     def forward(self, z: Tensor, gamma: Tensor, context: Tensor | None = None) -> Tensor:
-        """(..., d), (...), and (..., c) or integer labels (...), to (..., d)."""
+        """Map (..., d), (...), and (..., c) or integer labels (...), to (..., d)."""
         embedding = self.conditioning(gamma, context)
         hidden = self.input(z)
         for layer in self.layers:
@@ -87,17 +87,19 @@ class UNet(nn.Module):
     r"""Small U-Net for images as a denoiser, the output shaped like z.
 
     Residual blocks with group normalisation, shifted by the embedding of gamma and of the context; each level halves
-    the image (odd sizes rounded up) and the way back joins what the way down left. Good for 8 x 8 to 32 x 32.
+    the image (odd sizes rounded up), and each level of the way up gets the output of its counterpart on the way down.
+    Good for 8 x 8 to 32 x 32.
 
     Args:
-        in_channels: C of z, and of the output unless ``out_channels`` is given.
-        channels: channels of each level, fine to coarse; 8 x 8 wants two levels, 28 x 28 three.
+        in_channels: C of z, and of the output unless ``out_channels`` is set.
+        channels: channels of each level, fine to coarse; two levels suit 8 x 8, three 28 x 28.
         context_features: c, width of the context or number of classes; 0 for none. A context that is left out
             contributes nothing, so one network can be trained with and without.
         out_channels: C of the output; default ``in_channels``.
 
     Raises:
-        ValueError: at the call, for z with too few dims or another number of channels, or an unforeseen context.
+        ValueError: at the call, for z with too few dims or another number of channels, or for a context where
+            ``context_features=0``.
 
     Reference: U-Net (Ronneberger, Fischer and Brox, 2015); Denoising Diffusion Probabilistic Models (Ho et al., 2020).
 
@@ -132,12 +134,12 @@ class UNet(nn.Module):
         self.normalise = _group_norm(channels[0])
         self.output = nn.Conv2d(channels[0], out_channels or in_channels, 3, padding=1)
         with torch.no_grad():
-            self.output.weight.mul_(0.1)  # starts near zero, as denoisers like, yet every parameter has a gradient
+            self.output.weight.mul_(0.1)  # output near zero at the start; every parameter has a gradient
 
     def forward(self, z: Tensor, gamma: Tensor, context: Tensor | None = None) -> Tensor:
-        """(..., C, H, W), (...), and (..., c) or integer labels (...), to (..., C, H, W)."""
+        """Map (..., C, H, W), (...), and (..., c) or integer labels (...), to (..., C, H, W)."""
         if z.dim() < 3 or z.shape[-3] != self.in_channels:
-            raise ValueError(f"UNet wants z of shape (..., {self.in_channels}, H, W), got {tuple(z.shape)}.")
+            raise ValueError(f"UNet needs z of shape (..., {self.in_channels}, H, W), got {tuple(z.shape)}.")
         (image, embedding), lead = flatten_leading((z, self.conditioning(gamma, context)), (3, 1))
         embedding = F.silu(embedding)
         image = self.input(image)
@@ -156,7 +158,7 @@ class UNet(nn.Module):
 
 
 class _Conditioning(nn.Module):
-    """What a denoiser knows beside z: the embedding of gamma plus that of the context, leading dims broadcast."""
+    """Embed gamma and the context, and add the two; leading dims broadcast."""
 
     def __init__(self, features: int, context_features: int) -> None:
         super().__init__()
@@ -170,7 +172,7 @@ class _Conditioning(nn.Module):
         if context is None:
             return embedding
         if not self.context_features:
-            raise ValueError("this denoiser was made without a context: give context_features= when making it.")
+            raise ValueError("this denoiser takes no context: build it with context_features=.")
         if not context.is_floating_point():
             context = F.one_hot(context.long(), self.context_features)
         return embedding + self.context(context.to(embedding.dtype))
@@ -193,5 +195,5 @@ class _ResidualBlock(nn.Module):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """Up to four groups, never fewer than two channels in one: alone, a channel would lose its mean."""
+    """Make up to four groups of two channels or more: a group of one channel would lose its mean."""
     return nn.GroupNorm(math.gcd(4, channels) if channels >= 8 else 1, channels)

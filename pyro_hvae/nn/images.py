@@ -53,10 +53,10 @@ class ConvEncoder(nn.Module):
             xavier_(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(..., C, H, W) to (..., out)."""
+        """Map (..., C, H, W) to (..., out)."""
         if image.dim() < 3 or tuple(image.shape[-3:]) != self.event_shape:
             shape = ", ".join(str(size) for size in self.event_shape)
-            raise ValueError(f"ConvEncoder wants images of shape (..., {shape}), got {tuple(image.shape)}.")
+            raise ValueError(f"ConvEncoder needs images of shape (..., {shape}), got {tuple(image.shape)}.")
         (flat,), lead = flatten_leading((image,), (3,))
         result = self.output(self.convolutions(flat).flatten(1))
         return result.reshape(lead + result.shape[1:])
@@ -65,7 +65,7 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """A vector to images: one linear layer, then doublings with convolutions. (..., in) to (..., C, H, W).
 
-    Images are doubled by nearest neighbours and then convolved, which leaves no checkerboard.
+    Images are doubled by nearest neighbours and then convolved, which avoids checkerboard artefacts.
 
     Args:
         in_features: width of the input.
@@ -110,7 +110,7 @@ class ConvDecoder(nn.Module):
             fill(self.bias, output_bias, "output_bias")
 
     def forward(self, value: Tensor) -> Tensor:
-        """(..., in) to (..., C, H, W)."""
+        """Map (..., in) to (..., C, H, W)."""
         (flat,), lead = flatten_leading((value,), (1,))
         image = self.input(flat).reshape(-1, *self.first)
         for size, convolution in zip(self.finer, self.convolutions, strict=True):
@@ -119,7 +119,7 @@ class ConvDecoder(nn.Module):
 
 
 def _image_sizes(event_shape: Sequence[int], num_halvings: int) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """The event shape, and (height, width) before and after each halving."""
+    """Return the event shape, and (height, width) before and after each halving."""
     if len(event_shape) != 3 or min(event_shape) < 1:
         raise ValueError(f"event_shape must be (channels, height, width), got {tuple(event_shape)}.")
     if num_halvings < 1:

@@ -1,4 +1,4 @@
-"""Linear networks, the flattening of leading dims, and where training starts."""
+"""Linear networks, flattening of leading dims, and initial weights."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class MLP(nn.Module):
             fill(last.bias, output_bias, "output_bias")
 
     def forward(self, value: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
+        """Map (..., in) to (..., out)."""
         return self.layers(value)
 
 
 class Flattened(nn.Module):
-    """Give a network that wants one batch dim a value with any number of them.
+    """Call a network that takes one batch dim on values with any number of them.
 
     Args:
         net: the network.
@@ -79,7 +79,7 @@ class Flattened(nn.Module):
     def __init__(self, net: nn.Module, *event_dims: int) -> None:
         super().__init__()
         if not event_dims or min(event_dims) < 0:
-            raise ValueError(f"give the number of event dims (>= 0) of each argument of net, got {event_dims}.")
+            raise ValueError(f"event_dims are numbers >= 0, one for each argument of net; got {event_dims}.")
         self.net = net
         self.event_dims = event_dims
 
@@ -126,11 +126,11 @@ def xavier_(module: nn.Module) -> nn.Module:
 
 
 def logit_of_mean(x: Tensor, clip: float = 1e-3) -> Tensor:
-    r"""Where a Bernoulli decoder's output bias starts: logit of the data's mean, clipped to [clip, 1 - clip].
+    r"""Return the logit of the data's mean, clipped to [clip, 1 - clip], where a Bernoulli decoder's bias starts.
 
     Args:
         x: data (N, ...) in [0, 1].
-        clip: distance kept from 0 and 1, in (0, 1/2).
+        clip: smallest distance from 0 and 1, in (0, 1/2).
 
     Returns:
         Logits, shape ``x.shape[1:]``.

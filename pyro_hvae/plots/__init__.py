@@ -1,7 +1,7 @@
-"""Pictures for people.
+"""Plots.
 
-Every function takes arrays, tensors, a history or a result of the diagnostics, returns a matplotlib figure, and shows
-nothing by itself.  Lines differ by marker or dash as well as by colour, so that they can be told apart in grey.
+Every function takes arrays, tensors, a history or a result of the diagnostics, and returns a matplotlib figure without
+showing it.  Lines differ by marker or dash as well as by colour, so that they differ in grey too.
 """
 
 from pyro_hvae.plots.images import reconstructions, samples, traversal

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["STYLES", "array", "panels"]
 
 STYLES = ("-", "--", "-.", ":")
-"""Dashes that tell lines apart in grey."""
+"""Dashes of lines, for prints in grey."""
 
 
 def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Any]]:

@@ -1,4 +1,4 @@
-"""A figure that notebooks show by themselves."""
+"""A figure that notebooks display."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ __all__ = ["Picture"]
 
 
 class Picture(Figure):
-    """matplotlib's figure, outside of pyplot: it opens no window and waits for no ``show``, and shows as the last value
-    of a notebook's cell."""
+    """Matplotlib's figure outside of pyplot: it opens no window, and a notebook displays it as a value."""
 
     def _repr_png_(self) -> bytes:
         drawn = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Images that a model draws or gives back."""
+"""Plots of images: samples, reconstructions, traversals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["reconstructions", "samples", "traversal"]
 
 
 def samples(images: Any, shape: tuple[int, int], *, columns: int = 10, titles: Sequence[str] | None = None) -> Figure:
-    """A grid of images, grey levels from 0 (black) to 1.
+    """Plot a grid of images, grey levels from 0 (black) to 1.
 
     Args:
         images: ``(N, pixels)`` or ``(N, height, width)``; a list of such arrays gives one row each.
         shape: height and width in pixels.
-        columns: images a row, where a single array is given.
+        columns: images per row of a single array.
         titles: a label for each row.
 
     Raises:
@@ -57,7 +57,7 @@ def samples(images: Any, shape: tuple[int, int], *, columns: int = 10, titles: S
 
 
 def reconstructions(x: Any, xhat: Any, shape: tuple[int, int], *, columns: int = 10) -> Figure:
-    """Data above what the model makes of them.
+    """Plot data above their reconstructions.
 
     Args:
         x, xhat: ``(N, pixels)`` each; the first ``columns`` are drawn.
@@ -80,7 +80,7 @@ def traversal(
     width: float = 2.5,
     steps: int = 9,
 ) -> Figure:
-    """What a unit does to the image: a row a unit, which goes from -width to width while all else stays.
+    """Plot the effect of units on the image: one row per unit, from -width to width, with all others fixed.
 
     Args:
         model: a chain with the one-layer decoder p(x | z_1), or any :class:`~pyro_hvae.chains.TopDown`.
@@ -88,7 +88,7 @@ def traversal(
         shape: height and width in pixels.
         site: whose units are moved.
         units: which of them.
-        width: ends of the walk, in standard deviations of a standard normal prior.
+        width: ends of the range, in standard deviations of a standard normal prior.
         steps: images a row.
 
     Raises:
@@ -101,26 +101,26 @@ def traversal(
         >>> len(figure.axes)
         6
     """
-    from pyro_hvae.coding import decode
+    from pyro_hvae.chains import decode
 
     if site not in latents:
         raise ValueError(f"no site {site!r} among the latents {sorted(latents)}")
     size = latents[site].shape[-1]
     if any(not 0 <= unit < size for unit in units):
         raise ValueError(f"units of {site!r} are 0 to {size - 1}, got {list(units)}")
-    walk = torch.linspace(-width, width, steps).to(latents[site])
+    values = torch.linspace(-width, width, steps).to(latents[site])
     rows = []
     for unit in units:
         moved = {name: value.expand(steps, *value.shape[1:]).clone() for name, value in latents.items()}
-        moved[site][:, unit] = walk
+        moved[site][:, unit] = values
         with torch.no_grad():
             rows.append(decode(model, moved, size=steps).mean)
     return samples(rows, shape, titles=[f"{site}[{unit}]" for unit in units])
 
 
 def _images(values: Any, shape: tuple[int, int]) -> np.ndarray:
-    found = array(values)
+    images = array(values)
     pixels = shape[0] * shape[1]
-    if found.size % pixels or found.reshape(len(found), -1).shape[1] != pixels:
-        raise ValueError(f"images of shape {found.shape} do not fit {shape[0]} x {shape[1]} = {pixels} pixels each")
-    return found.reshape(-1, *shape)
+    if images.size % pixels or images.reshape(len(images), -1).shape[1] != pixels:
+        raise ValueError(f"images of shape {images.shape} do not fit {shape[0]} x {shape[1]} = {pixels} pixels each")
+    return images.reshape(-1, *shape)

@@ -1,4 +1,4 @@
-"""Where the data lie among the latents, and the noise levels of a diffusion."""
+"""Plots of latents, and of the noise levels of a diffusion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARKERS = "osv^D<>pX*"
 
 
 def latent_map(z: Any, labels: Any = None, *, names: tuple[str, str] = ("unit 0", "unit 1")) -> Figure:
-    """Data in the plane of two units; of more, the first two principal components.
+    """Plot data in the plane of two units, or of the first two principal components of more.
 
     Args:
         z: (N, d), d >= 2, such as means of the guide.
@@ -56,24 +56,24 @@ def latent_map(z: Any, labels: Any = None, *, names: tuple[str, str] = ("unit 0"
 
 
 def schedule(*schedules: Any, labels: list[str] | None = None, points: int = 200) -> Figure:
-    """gamma(t) = -log SNR(t) of one or more schedules, and the noise variance sigma^2(t).
+    """Plot gamma(t) = -log SNR(t) and the noise variance sigma^2(t) of schedules.
 
     Args:
-        schedules: :class:`pyro_hvae.schedules.Schedule`.
+        schedules: :class:`pyro_hvae.diffusion.Schedule`.
         labels: a name each; their types by default.
         points: of t in [0, 1].
 
     Example:
-        >>> from pyro_hvae.schedules import LinearSchedule
+        >>> from pyro_hvae.diffusion import LinearSchedule
         >>> [axis.get_ylabel() for axis in schedule(LinearSchedule()).axes]
         ['gamma = -log SNR', 'noise variance']
     """
-    names = [type(found).__name__ for found in schedules] if labels is None else labels
+    names = [type(gamma_of).__name__ for gamma_of in schedules] if labels is None else labels
     figure, (left, right) = panels(2, width=3.4, height=3.0)
     t = torch.linspace(0.0, 1.0, points)
-    for found, name, style in zip(schedules, names, STYLES * len(schedules), strict=False):
+    for gamma_of, name, style in zip(schedules, names, STYLES * len(schedules), strict=False):
         with torch.no_grad():
-            gamma = found(t)
+            gamma = gamma_of(t)
         left.plot(t, gamma, style, label=name)
         right.plot(t, torch.sigmoid(gamma), style, label=name)
     left.set_ylabel("gamma = -log SNR")

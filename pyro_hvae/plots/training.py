@@ -1,4 +1,4 @@
-"""How training went, and what the layers cost."""
+"""Plots of training, and of the terms of the layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["layer_kl", "training_curves"]
 
 
 def training_curves(history: Any, *, terms: bool = True) -> Figure:
-    """Loss, validation loss and the terms of the bound against the step.
+    """Plot loss, validation loss and the terms of the bound against the step.
 
     Args:
         history: a :class:`pyro_hvae.training.History`, or records with ``step`` and values in nats a datum.
@@ -38,9 +38,9 @@ def training_curves(history: Any, *, terms: bool = True) -> Figure:
     if not records:
         raise ValueError("the history has no record: there is nothing to draw")
     layers = sorted({key for record in records for key in record if key.startswith(("kl_", "rate_"))})
-    shown = ["loss", "validation_loss", "reconstruction"]
+    curves = ["loss", "validation_loss", "reconstruction"]
     figure, axes = panels(2 if terms and layers else 1, width=5.0, height=3.4)
-    for axis, names in zip(axes, (shown, layers), strict=False):
+    for axis, names in zip(axes, (curves, layers), strict=False):
         for name, style in zip(names, itertools.cycle(STYLES)):
             points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
             if points:
@@ -57,15 +57,15 @@ def training_curves(history: Any, *, terms: bool = True) -> Figure:
 
 
 def layer_kl(terms: Any, *, units: Mapping[str, int] | None = None) -> Figure:
-    """One bar a layer: what it costs in the bound.
+    """Plot the term of each layer in the bound, one bar each.
 
     Args:
         terms: the terms of a bound (``kl_<site>``, ``rate_<site>``; others are left out), numbers or values per datum
-            in nats; or what :func:`pyro_hvae.diagnostics.layers` returns, active units and all.
+            in nats; or the result of :func:`pyro_hvae.diagnostics.layers`, with its active units.
         units: number of active units by site, written on the bars.
 
     Raises:
-        ValueError: where there is no such term.
+        ValueError: if there is no such term.
 
     Example:
         >>> layer_kl({"kl_z2": 1.0, "rate_z1": 3.0, "reconstruction": -9.0}).axes[0].get_ylabel()
@@ -74,18 +74,18 @@ def layer_kl(terms: Any, *, units: Mapping[str, int] | None = None) -> Figure:
     if hasattr(terms, "data_vars") and "term" in terms:
         rows = [terms[name].values.tolist() for name in ("layer", "term", "analytic", "active_units")]
         units = dict(zip(rows[0], rows[3], strict=True)) if units is None else units
-        terms = {f"{'kl' if known else 'rate'}_{name}": term for name, term, known, _ in zip(*rows, strict=True)}
-    found = {name: float(np.mean(array(v))) for name, v in terms.items() if name.startswith(("kl_", "rate_"))}
-    if not found:
+        terms = {f"{'kl' if analytic else 'rate'}_{name}": term for name, term, analytic, _ in zip(*rows, strict=True)}
+    means = {name: float(np.mean(array(v))) for name, v in terms.items() if name.startswith(("kl_", "rate_"))}
+    if not means:
         raise ValueError(f"no layer terms (kl_<site> or rate_<site>) among {sorted(terms)}")
-    figure, (axis,) = panels(1, width=1.6 + 1.1 * len(found), height=3.2)
-    hatches = ["" if name.startswith("kl_") else "//" for name in found]
-    bars = axis.bar(list(found), list(found.values()), hatch=hatches, color="0.75", edgecolor="0.2", width=0.6)
-    for name, bar in zip(found, bars, strict=True):
+    figure, (axis,) = panels(1, width=1.6 + 1.1 * len(means), height=3.2)
+    hatches = ["" if name.startswith("kl_") else "//" for name in means]
+    bars = axis.bar(list(means), list(means.values()), hatch=hatches, color="0.75", edgecolor="0.2", width=0.6)
+    for name, bar in zip(means, bars, strict=True):
         site = name.split("_", 1)[1]
         count = "" if units is None or site not in units else f"\n{units[site]} active"
         axis.annotate(
-            f"{found[name]:.2f}{count}",
+            f"{means[name]:.2f}{count}",
             (bar.get_x() + 0.3, max(bar.get_height(), 0.0)),
             ha="center",
             va="bottom",

@@ -1,4 +1,4 @@
-"""What to trust: k-hat, calibration, and the evidence."""
+"""Plots of k-hat, calibration, and the evidence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["calibration_ecdf", "evidence_bracket", "khat_scatter"]
 
 
 def khat_scatter(khats: Any) -> Figure:
-    """k-hat of each datum, and of each layer, with the largest to be trusted.
+    """Plot k-hat of each datum, and of each layer, with the largest reliable value.
 
     Args:
         khats: of :func:`pyro_hvae.diagnostics.khats`, or its dataset.
@@ -27,8 +27,8 @@ def khat_scatter(khats: Any) -> Figure:
 
     Example:
         >>> import xarray as xr
-        >>> found = xr.Dataset({"per_datum": ("data", [0.1, 0.9])}, attrs={"good_k": 0.7})
-        >>> khat_scatter(found).axes[0].get_ylabel()
+        >>> khats = xr.Dataset({"per_datum": ("data", [0.1, 0.9])}, attrs={"good_k": 0.7})
+        >>> khat_scatter(khats).axes[0].get_ylabel()
         'Pareto k-hat'
     """
     data = khats.to_dataset() if hasattr(khats, "to_dataset") else khats
@@ -42,11 +42,11 @@ def khat_scatter(khats: Any) -> Figure:
     figure, axes = panels(len(names), width=3.2, height=3.0)
     good = float(data.attrs["good_k"])
     low = min((float(v[np.isfinite(v)].min()) for v in values if np.isfinite(v).any()), default=0.0)
-    for axis, name, found in zip(axes, names, values, strict=True):
-        shown = np.where(np.isneginf(found), low - 0.1, found)
-        over = shown > good
-        axis.plot(np.flatnonzero(~over), shown[~over], "o", color="0.6", markersize=3, label="to be trusted")
-        axis.plot(np.flatnonzero(over), shown[over], "x", color="0.1", markersize=4, label="not")
+    for axis, name, khat in zip(axes, names, values, strict=True):
+        drawn = np.where(np.isneginf(khat), low - 0.1, khat)
+        over = drawn > good
+        axis.plot(np.flatnonzero(~over), drawn[~over], "o", color="0.6", markersize=3, label="to be trusted")
+        axis.plot(np.flatnonzero(over), drawn[over], "x", color="0.1", markersize=4, label="not")
         axis.axhline(good, color="0.2", linestyle="--", linewidth=0.9)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("datum")
@@ -56,7 +56,7 @@ def khat_scatter(khats: Any) -> Figure:
 
 
 def calibration_ecdf(calibration: Any, *, names: list[str] | None = None, level: float = 0.95) -> Figure:
-    """How far the distribution function of ranks lies from the uniform one, with simultaneous bands.
+    """Plot the difference of the ranks' distribution function from the uniform one, with simultaneous bands.
 
     Above the band on the left and below it on the right: too many ranks at both ends, draws too narrow; the other way
     round: too wide; above or below throughout: draws too high or too low.
@@ -74,9 +74,9 @@ def calibration_ecdf(calibration: Any, *, names: list[str] | None = None, level:
     """
     from pyro_hvae.diagnostics.uniformity import ecdf_bands
 
-    shown = list(calibration.ranks) if names is None else names
-    figure, axes = panels(len(shown), width=3.2, height=2.8)
-    for axis, name in zip(axes, shown, strict=True):
+    names = list(calibration.ranks) if names is None else names
+    figure, axes = panels(len(names), width=3.2, height=2.8)
+    for axis, name in zip(axes, names, strict=True):
         ranks = calibration.ranks[name]
         size = len(ranks)
         points, low, high = ecdf_bands(size, calibration.num_draws, level)
@@ -95,7 +95,7 @@ def calibration_ecdf(calibration: Any, *, names: list[str] | None = None, level:
 
 
 def evidence_bracket(bracket: Any, *, elbo: Any = None, others: Mapping[str, Any] | None = None) -> Figure:
-    """Lower and upper side of log p(x) for each datum, sorted, with bounds beside.
+    """Plot the lower and upper estimate of log p(x) for each datum, sorted, with other bounds.
 
     Args:
         bracket: of :func:`pyro_hvae.evidence_sandwich`.

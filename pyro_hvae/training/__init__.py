@@ -3,6 +3,7 @@
 from pyro_hvae.training.averages import Averages
 from pyro_hvae.training.callbacks import Callback, EarlyStopping, ProgressBar, TensorBoard
 from pyro_hvae.training.checkpoint import CheckpointError
+from pyro_hvae.training.compile import compile_step
 from pyro_hvae.training.distributed import Ranks
 from pyro_hvae.training.fit import Result, fit, fit_restarts
 from pyro_hvae.training.history import History
@@ -22,6 +23,7 @@ __all__ = [
     "Result",
     "Run",
     "TensorBoard",
+    "compile_step",
     "fit",
     "fit_restarts",
     "load",

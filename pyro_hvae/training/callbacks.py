@@ -110,7 +110,7 @@ class EarlyStopping:
 
     Raises:
         ValueError: for ``patience < 1`` or a negative ``min_delta``; when training starts, if there will be no such
-            quantity because there is no validation data.
+            quantity because there is no validation data; at the first record, if it is of another name.
 
     Example:
         >>> EarlyStopping(patience=0)
@@ -135,6 +135,12 @@ class EarlyStopping:
 
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
         if self.monitor not in record:
+            kind = "validation_loss" if self.monitor.startswith("validation_") else "loss"
+            if kind in record and self.monitor not in run.history.names():
+                raise ValueError(
+                    f"early stopping watches {self.monitor!r}, which is not recorded; recorded are "
+                    f"{', '.join(run.history.names())}: choose one of these as monitor="
+                )
             return
         if record[self.monitor] < self.best - self.min_delta:
             self.best, self.waited = record[self.monitor], 0

@@ -1,72 +1,92 @@
-"""The bound on data that is not trained on."""
+"""Bounds on data without training: evaluation mode, fixed noise, generators put back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_hvae.bounds import DiffusionELBO
-from pyro_hvae.traces import structure
-from pyro_hvae.training.feed import Feed
+from pyro_hvae.problem.isolation import RUNNING, evaluation_mode, kept_generators
+from pyro_hvae.training.feed import Batch, Feed, rows_of
 from pyro_hvae.training.objective import PairObjective
 
-__all__ = ["looking", "per_datum_loss", "validation_record"]
+__all__ = ["evaluate_batch", "evaluating", "validation_record"]
+
+QUALITY = ("ess", "log_weight_variance")
+"""Terms that tell of the weights, and are no part of a bound in nats."""
 
 
 @contextmanager
-def looking(objective: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """No gradient, evaluation mode, and generators that are put back; seeded, the same noise at each look."""
-    modules = [module for module in objective.modules() if module.training]
-    with torch.no_grad(), torch.random.fork_rng():
+def evaluating(objective: PairObjective, seed: int | None = None) -> Iterator[None]:
+    """No gradient, evaluation mode, and generators that are put back.
+
+    Args:
+        seed: of torch's, numpy's and Python's generators; None draws from where they stand.
+    """
+    with RUNNING, torch.no_grad(), kept_generators(), evaluation_mode(objective):
         if seed is not None:
             torch.manual_seed(seed)
-        for module in modules:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.training = True
+            np.random.seed(seed)  # noqa: NPY002
+            random.seed(seed)
+        yield
 
 
-def per_datum_loss(objective: PairObjective, args: tuple, kwargs: Mapping[str, Any], data_size: int | None) -> Tensor:
-    """Minus the bound, in nats a datum; of the unweighted bound, where the objective is none."""
-    bound, model, guide = objective.bound, objective.model, objective.guide
-    kwargs = dict(kwargs)
-    if objective.data_size is not None and data_size is not None:
-        kwargs["data_size"] = data_size
-    if isinstance(bound, DiffusionELBO):  # each row of x a datum; and the programs can't be run in continuous time
-        return -bound.per_datum(model, guide, *args, **kwargs).mean()
-    plates = structure(model, guide, args, kwargs).common
-    if plates and hasattr(bound, "per_datum"):
-        return -bound.per_datum(model, guide, *args, **kwargs).mean()
-    loss = bound.loss(model, guide, *args, **kwargs)
-    loss = loss if isinstance(loss, Tensor) else torch.tensor(loss)
-    if "data_size" in kwargs:
-        return loss / kwargs["data_size"]
-    count = 1
-    for plate in plates:
-        count *= plate.full_size
-    return loss / count
+def evaluate_batch(
+    objective: PairObjective, args: tuple, kwargs: Mapping[str, Any], *, check: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the terms of a batch from one run, 0-dim, in nats a datum.
+
+    The loss is that of the unweighted bound where the objective is none: minus the bound, and for CUBO and EUBO the
+    estimate itself, so that smaller is better.  It runs in :func:`evaluating`.
+
+    Args:
+        check: check observed values against what the likelihood can take.
+    """
+    problem, bound = objective.problem(args, kwargs, training=not check), objective.bound
+    if not hasattr(bound, "evaluate"):
+        loss = torch.as_tensor(objective.loss(problem))
+        return loss / objective.count(problem), {}
+    found = bound.evaluate(problem)
+    count = objective.count(problem)
+    total = found.total() if bound.from_above else -found.total()
+    terms = {
+        name: term.mean() if name in QUALITY else term.sum() * found.scale / count
+        for name, term in found.terms.items()
+    }
+    return total / count, terms
 
 
-def validation_record(objective: PairObjective, held_out: Feed, transform: Any, seed: int = 0) -> dict[str, float]:
-    """``validation_loss`` and ``validation_<term>``, averaged over held-out data, in nats a datum."""
+def validation_record(
+    objective: PairObjective,
+    held_out: Feed,
+    transform: Callable[[tuple, dict[str, Any]], Batch],
+    *,
+    seed: int = 0,
+    check: bool = True,
+) -> dict[str, float]:
+    """``validation_loss`` and ``validation_<term>``, averaged over held-out data, in nats a datum.
+
+    Args:
+        seed: of the noise.
+        check: check observed values, which are the same at each validation.
+    """
     total: dict[str, Tensor] = {}
     weight = 0
-    with looking(objective, seed):
+    with evaluating(objective, seed):
         for args, kwargs in held_out.epoch(0):
             args, kwargs = transform(args, kwargs)
-            size = len(next(iter((*args, *kwargs.values()))))
-            values = {"loss": per_datum_loss(objective, args, kwargs, held_out.data_size)}
-            values.update(objective.terms(args, kwargs))
-            for name, value in values.items():
-                total[name] = total.get(name, 0.0) + value * size
-            weight += size
+            rows = rows_of(args, kwargs) or 1
+            if objective.data_size is not None and held_out.data_size is not None:
+                kwargs = {**kwargs, "data_size": held_out.data_size}
+            loss, terms = evaluate_batch(objective, args, kwargs, check=check)
+            for name, value in {"loss": loss, **terms}.items():
+                total[name] = total.get(name, 0.0) + value * rows
+            weight += rows
     if not weight:
         raise ValueError("the validation data has no batch")
     return {f"validation_{name}": float(value) / weight for name, value in total.items()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-__all__ = ["Batch", "Feed", "IterableFeed", "TensorFeed", "feed"]
+__all__ = ["Batch", "Feed", "IterableFeed", "TensorFeed", "as_batch", "feed", "rows_of"]
 
 Batch = tuple[tuple, dict[str, Any]]
 """Positional and keyword arguments of the programs."""
@@ -77,6 +77,8 @@ class TensorFeed(Feed):
         seed: int = 0,
     ) -> None:
         args, kwargs = tensors
+        if any(value.ndim == 0 for value in (*args, *kwargs.values())):
+            raise ValueError("the data have N as their leading dimension, and a tensor of it has no dimension at all")
         sizes = {len(value) for value in (*args, *kwargs.values())}
         if len(sizes) != 1:
             raise ValueError(f"the tensors of the data have different leading sizes: {sorted(sizes)}")
@@ -242,6 +244,11 @@ def feed(
     """
     if isinstance(data, Feed):
         return data
+    if hasattr(data, "to_numpy") and not isinstance(data, (Tensor, np.ndarray)):
+        raise TypeError(
+            f"data is a {type(data).__name__}, whose rows fit() does not read: pass torch.as_tensor(data.to_numpy()), "
+            "or a mapping from names to tensors, for programs that take the columns as keywords"
+        )
     if isinstance(data, TensorDataset):
         data = tuple(data.tensors)
     tensors = _as_tensors(data)
@@ -278,6 +285,14 @@ def _check_finite(value: Tensor, mask: Any, rows: int = 4096) -> None:
             f"{count} of {value.numel()} values of the data are NaN or infinite; the first is {value[first].item()} at "
             f"index {first}: drop these data, or pass a mapping with a boolean mask= to programs that take one"
         )
+
+
+def rows_of(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
+    """Rows of a batch: the leading size of its first tensor that has one; None if there is none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+            return len(value)
+    return None
 
 
 def derived(seed: int, epoch: int) -> torch.Generator:

@@ -11,10 +11,20 @@ from typing import Any
 import torch
 
 import pyro_hvae
-from pyro_hvae.compile import CompiledStep
+from pyro_hvae.bounds.base import Objective
 from pyro_hvae.training import checkpoint
+from pyro_hvae.training.arguments import (
+    check_batch,
+    check_bound,
+    check_counts,
+    check_data_size,
+    check_switches,
+    dtypes_differ,
+)
 from pyro_hvae.training.averages import Averages
+from pyro_hvae.training.batches import check_data, require_scale
 from pyro_hvae.training.callbacks import ProgressBar, TensorBoard
+from pyro_hvae.training.compile import CompiledStep
 from pyro_hvae.training.distributed import Ranks, seed_rank
 from pyro_hvae.training.feed import Batch, Feed, as_batch, feed
 from pyro_hvae.training.history import History
@@ -86,13 +96,16 @@ def fit(
 ) -> Result:
     r"""Train model and guide together.
 
-    Minimises the loss of ``bound`` divided by the number of data (nats a datum; the minimum is the same, and
-    learning rates do not depend on N) by one optimiser over every parameter of both programs, those in Pyro's
-    parameter store included.
+    Minimises the loss of ``bound`` divided by the number of data (nats a datum, where a datum is a row of ``data``; the
+    minimum is the same, and learning rates do not depend on N) by one optimiser over every parameter of both programs,
+    those in Pyro's parameter store included.  Observations are checked before the first step (NaN, support): on all of
+    the data where these are tensors in memory which a site observes as they are, else on the first batch.  What an
+    objective remembers from step to step (the step of a warm-up) starts anew, unless a run is resumed.  Other threads
+    may evaluate the programs meanwhile, or fit others; two fits of the same programs at once are not supported.
 
     Args:
-        model, guide: Pyro programs, called with each batch; ``data_size=N`` goes to both if both take it, and the
-            loss of a minibatch is then that of the whole data in expectation.
+        model, guide: Pyro programs, called with each batch.  A model with latents of the whole data set (outside of
+            the plate of a batch) must scale a batch to N data: let it take ``data_size``, or pass ``batch_size=None``.
         data: a tensor or array (N, ...), a tuple of them (the programs' positional arguments), a mapping (their
             keyword arguments), a ``Dataset``, a ``DataLoader``, or any iterable of batches.
         bound: a bound or objective of this library, or an ELBO of Pyro with a ``differentiable_loss``.
@@ -100,16 +113,18 @@ def fit(
             rate 1e-3 by default.
         epochs, steps: how long in all, a resumed run's first part included; exactly one of them.
         batch_size: rows a batch, over all processes; None for all data at once, in their order.
-        data_size: N, where the data does not tell.
+        data_size: N, where the data does not tell.  It goes to the model as a keyword, if the model takes one of that
+            name, and to a guide that takes it or any keyword (AutoGuides do).
         shuffle: a new order each epoch, where there are batches.
         drop_last: leave out a smaller last batch.
         transform: of each batch, when it is used: random binarisation, scaling.  Called with the batch's tensors
             (keywords for a mapping), returns a batch.
         seed: of the order of the data; drawn from torch's generator by default.  The noise of the programs follows
             torch's generator, as ever: call ``torch.manual_seed`` before building the programs.
-        validation: held-out data, like ``data``; the bound on it is recorded as ``validation_loss``, always under the
-            same noise, and on the averages if there are any.
-        validate_every: steps between; an epoch by default.
+        validation: held-out data, like ``data``; minus the bound on it is recorded as ``validation_loss`` (for CUBO and
+            EUBO the estimate itself: smaller is better for each), always under the same noise, and on the averages if
+            there are any.
+        validate_every: steps between; an epoch by default, and once at the end of a run of less.
         schedule: a function from the optimiser to a scheduler of ``torch.optim.lr_scheduler``, stepped once a step
             (``ReduceLROnPlateau``: once a validation).
         clip_norm: global norm that gradients are cut to.
@@ -137,7 +152,9 @@ def fit(
         the present step, saves, and returns; SIGTERM saves and raises ``SystemExit``.
 
     Raises:
-        ValueError: for arguments or programs that do not fit each other.
+        ValueError: for arguments or programs that do not fit each other; for batches that are smaller than the data
+            and a latent outside of their plate that is not scaled to N; for observations that the likelihood can't
+            take.
         FileExistsError: if ``run_dir`` holds a run and ``resume`` is False.
         CheckpointError: if the checkpoint to resume from is damaged or of another architecture.
         NonFiniteError: when the loss becomes NaN or infinite: with step and sites; the parameters are taken back to
@@ -159,7 +176,15 @@ def fit(
         >>> abs(float(result.guide.median()["mean"]) - float(x.mean())) < 0.2
         True
     """
-    _check_arguments(bound, epochs=epochs, steps=steps, accumulate=accumulate, keep=keep, log_every=log_every)
+    check_bound(bound)
+    check_counts(
+        epochs=epochs, steps=steps, seed=seed, batch_size=batch_size, data_size=data_size, accumulate=accumulate,
+        keep=keep, log_every=log_every, terms_every=terms_every, check_every=check_every,
+        validate_every=validate_every, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    check_switches(
+        compile, shuffle=shuffle, drop_last=drop_last, resume=resume, progress=progress, tensorboard=tensorboard
+    )
     ranks = Ranks(fabric)
     directory = None if run_dir is None else Path(run_dir)
     source = _resume_from(directory, resume, ranks)
@@ -176,9 +201,20 @@ def fit(
     batches = whole if ranks.world_size == 1 else whole.shard(ranks.rank, ranks.world_size)
     change = _transform(transform)
 
+    check_data_size(data_size, whole)
     example = _example(batches, change)
+    check_batch(example)
     size = data_size if data_size is not None else whole.data_size
-    objective = PairObjective(bound, model, guide, *example, size)
+    try:
+        objective = PairObjective(bound, model, guide, *example, size)
+    except RuntimeError as error:
+        if what := dtypes_differ(model, guide, example):
+            raise TypeError(what) from error
+        raise
+    require_scale(objective, example, batches, size)
+    check_data(objective, example, whole, None if transform is None else change)
+    if source is None and isinstance(bound, Objective):
+        bound.restart()
     objective.train()
     own_optimizer = make_optimizer(optimizer, objective)
     cast = objective if precision is None else Autocast(objective, precision)
@@ -193,9 +229,7 @@ def fit(
                 "compile= and fabric= can't be used together: the gradients of a compiled step are not synced"
             )
         options = dict(compile) if isinstance(compile, Mapping) else {}
-        step = CompiledBatches(
-            CompiledStep(cast, own_optimizer, clip_norm=clip_norm, fuse_optimizer=accumulate == 1, **options)
-        )
+        step = CompiledBatches(CompiledStep(cast, own_optimizer, clip_norm=clip_norm, **options))
     averages = None if ema is None else Averages(objective, ema)
 
     own_callbacks = list(callbacks)
@@ -280,17 +314,6 @@ def fit_restarts(
     return results
 
 
-def _check_arguments(bound: Any, *, epochs: int | None, steps: int | None, **counts: int) -> None:
-    if isinstance(bound, type) or not hasattr(bound, "differentiable_loss"):
-        what = f"the class {bound.__name__}: call it" if isinstance(bound, type) else repr(bound)
-        raise TypeError(f"bound is an object such as LayerwiseELBO() or IWELBO(num_particles=8); this is {what}")
-    if (epochs is None) == (steps is None):
-        raise ValueError(f"give exactly one of epochs and steps, got epochs={epochs} and steps={steps}")
-    for name, value in {"epochs": epochs, "steps": steps, **counts}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def _resume_from(directory: Path | None, resume: bool, ranks: Ranks) -> Path | None:
     if directory is None:
         if resume:
@@ -322,7 +345,14 @@ def _history(directory: Path | None, source: Path | None, ranks: Ranks) -> Histo
 def _transform(transform: Callable[..., Any] | None) -> Callable[[tuple, dict[str, Any]], Batch]:
     if transform is None:
         return lambda args, kwargs: (args, kwargs)
-    return lambda args, kwargs: as_batch(transform(*args, **kwargs))
+
+    def change(args: tuple, kwargs: dict[str, Any]) -> Batch:
+        found = transform(*args, **kwargs)
+        if found is None:
+            raise TypeError("transform= returned None: it takes a batch's tensors and must return the changed batch")
+        return as_batch(found)
+
+    return change
 
 
 def _example(whole: Feed, change: Callable[[tuple, dict[str, Any]], Batch]) -> Batch:

@@ -1,8 +1,11 @@
-r"""Training as a person would do it every day: one loop, kept by a :class:`Run`.
+r"""Training loop: one :class:`Run` of it.
 
-The optimiser minimises the bound's loss divided by the number of data (see :mod:`pyro_hvae.training.objective`),
-one fused optimiser over every parameter of model and guide.  Looking (terms, validation) leaves the generators as
-they were, so what is logged, and how often, has no influence on what is learned.
+The optimiser minimises the objective's loss divided by the number of data (see :mod:`pyro_hvae.training.objective`),
+one fused optimiser over every parameter of model and guide.  Terms and validation leave the generators as they were,
+so what is logged, and how often, has no influence on what is learned.
+
+Programs, parameters and buffers are in use under :data:`pyro_hvae.problem.isolation.RUNNING`, so that other threads may
+evaluate the same programs during training.
 """
 
 from __future__ import annotations
@@ -11,10 +14,9 @@ import copy
 import itertools
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,16 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.averages import Averages
-from pyro_hvae.training.evaluate import looking, per_datum_loss, validation_record
-from pyro_hvae.training.feed import Batch, Feed
+from pyro_hvae.training.evaluate import evaluate_batch, evaluating, validation_record
+from pyro_hvae.training.feed import Batch, Feed, rows_of
 from pyro_hvae.training.history import History
 from pyro_hvae.training.nonfinite import NonFiniteError, Snapshot, optimizer_tensors, replay
 from pyro_hvae.training.objective import PairObjective
+from pyro_hvae.training.resume import go_on_from, state_of
+from pyro_hvae.training.signals import Signals
 from pyro_hvae.training.step import EagerStep
 
 __all__ = ["Run"]
@@ -87,13 +92,14 @@ class Run:
         self.best = math.inf
         self._take_step, self.eager = step, eager
         device = eager.parameters[0].device
-        self._sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._last: Batch | None = None
-        self._pending: Any = None
+        self.pending: Any = None
         self._limits: tuple[int | None, int | None] = (None, None)
-        self._since_record = self._terms_due = 0
-        self._signal: int | None = None
-        self._saved = -1
+        self.since_record = self.rows = self.terms_due = 0
+        self.signals = Signals()
+        self._validated = False
+        self.saved = -1
         self._snapshot = Snapshot()
         self._clock = time.perf_counter()
         self._on_step = [callback.on_step for callback in callbacks if hasattr(callback, "on_step")]
@@ -114,24 +120,27 @@ class Run:
         self._limits = steps, epochs
         self._call("on_start")
         try:
-            with self._signals():
-                if self._pending is not None:
-                    checkpoint.restore_generators(self._pending)
+            with self.signals:
+                if self.pending is not None:
+                    checkpoint.restore_generators(self.pending)
                 self._look()
                 while not self._done(steps, epochs):
                     self._epoch(steps)
                 self._check()
-                if self._since_record and self._signal is None:
+                if self.since_record and self.signals.received is None:
                     self._record(final=True)
-                    self._saved = -1  # a checkpoint of this very step does not know of the record
-                if self.run_dir is not None and self._saved != self.step:
+                    self.saved = -1  # a checkpoint of this very step does not know of the record
+                if self.validation is not None and math.isinf(self.best) and self.signals.received is None:
+                    self._validate()
+                    self.saved = -1
+                if self.run_dir is not None and self.saved != self.step:
                     self.save()
         except BaseException:
             with suppress(Exception):  # what went wrong first is what to tell
                 self._call("on_end")
             raise
         self._call("on_end")
-        if self._signal == signal.SIGTERM:
+        if self.signals.received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
 
     def _done(self, steps: int | None, epochs: int | None) -> bool:
@@ -149,9 +158,9 @@ class Run:
 
     def _epoch(self, steps: int | None) -> None:
         batches = self.feed.epoch(self.epoch, self.batch)
-        if self._pending is not None:  # skipping batches may have drawn from the generators
-            checkpoint.restore_generators(self._pending)
-            self._pending = None
+        if self.pending is not None:  # skipping batches may have drawn from the generators
+            checkpoint.restore_generators(self.pending)
+            self.pending = None
         seen = self.batch
         while group := list(itertools.islice(batches, self.accumulate)):
             self._one(group)
@@ -165,18 +174,22 @@ class Run:
             self._validate()
         self._call("on_epoch")
         # Unless asked otherwise, save at the end of an epoch, though not after each of many short ones.
-        if self.run_dir is not None and self.checkpoint_every is None and self.step - self._saved >= 1000:
+        if self.run_dir is not None and self.checkpoint_every is None and self.step - self.saved >= 1000:
             self.save()
 
     def _one(self, group: list[Batch]) -> None:
-        self.objective.step = self.step
-        loss = self._take_step([self.transform(*batch) for batch in group])
-        self._sum += loss
+        batches = [self.transform(*batch) for batch in group]
+        rows = sum(rows_of(*batch) or 1 for batch in batches)
+        loss = self._take_step(batches)
+        self.sum.add_(loss, alpha=rows)
         self.step += 1
         self.batch += len(group)
-        self._since_record += 1
-        if self.averages is not None:
-            self.averages.update()
+        self.since_record += 1
+        self.rows += rows
+        with RUNNING:
+            self.objective.advance()
+            if self.averages is not None:
+                self.averages.update()
         if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step()
         for on_step in self._on_step:
@@ -187,8 +200,8 @@ class Run:
             self._record(batch=group[-1])
         if self.validate_every is not None and self.validation is not None and self.step % self.validate_every == 0:
             self._validate()
-        if self._signal is not None:
-            self.stop(signal.Signals(self._signal).name)
+        if self.signals.received is not None:
+            self.stop(signal.Signals(self.signals.received).name)
         elif self._save_due() and not self._last_step():  # which is saved with the last record
             self.save()
         self._last = group[-1]
@@ -201,27 +214,36 @@ class Run:
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": self.epoch,
-            "loss": self.ranks.mean(float(self._sum) / self._since_record),
+            "loss": self.ranks.mean(float(self.sum) / self.rows),
             "rate": self.rate,
             "seconds": now - self._clock,
         }
         batch = self._last if batch is None else batch
-        if batch is not None and (final or self.step >= self._terms_due):
-            self._terms_due = self.step + self.terms_every
-            with looking(self.objective):
-                args, kwargs = self.transform(*batch)
-                record.update({name: float(value) for name, value in self.objective.terms(args, kwargs).items()})
-                if not getattr(self.objective.bound, "is_bound", True):
-                    record["bound"] = -float(per_datum_loss(self.objective, args, kwargs, self.feed.data_size))
-        self._sum.zero_()
-        self._since_record = 0
+        if batch is not None and (final or self.step >= self.terms_due):
+            self.terms_due = self.step + self.terms_every
+            record.update(self._terms(batch))
+        self.sum.zero_()
+        self.since_record = self.rows = 0
         self._clock = time.perf_counter()
         self._add(record)
 
+    def _terms(self, batch: Batch) -> dict[str, float]:
+        """The terms on a batch, and the unweighted bound where the objective is none."""
+        bound = self.objective.bound
+        if not hasattr(bound, "evaluate"):
+            return {}
+        with evaluating(self.objective):
+            loss, terms = evaluate_batch(self.objective, *self.transform(*batch))
+            found = {name: float(value) for name, value in terms.items()}
+        if not (bound.is_bound or bound.from_above):
+            found["bound"] = -float(loss)
+        return found
+
     def _validate(self) -> None:
         assert self.validation is not None
-        with nullcontext() if self.averages is None else self.averages.applied():
-            record = validation_record(self.objective, self.validation, self.transform)
+        with RUNNING, nullcontext() if self.averages is None else self.averages.applied():
+            record = validation_record(self.objective, self.validation, self.transform, check=not self._validated)
+        self._validated = True
         record = {"step": self.step, "epoch": self.epoch} | {k: self.ranks.mean(v) for k, v in record.items()}
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(record["validation_loss"])
@@ -247,18 +269,20 @@ class Run:
         if self.check_every is None:
             return
         self._check()
-        tensors = [*self.objective.parameters(), *self.objective.buffers(), self._sum]
-        tensors += optimizer_tensors(self.optimizer)
-        if self.averages is not None:
-            tensors += self.averages.parameters.values()
-        self._snapshot.take(tensors, self._position())
+        with RUNNING:
+            tensors = [*self.objective.parameters(), *self.objective.buffers(), self.sum]
+            tensors += optimizer_tensors(self.optimizer)
+            if self.averages is not None:
+                tensors += self.averages.parameters.values()
+            self._snapshot.take(tensors, self._position())
 
     def _position(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
-            "since": self._since_record,
+            "since": self.since_record,
+            "rows": self.rows,
             "feed": self.feed.state_dict(),
             "generators": checkpoint.generators(),
             "rates": [group["lr"] for group in self.optimizer.param_groups],
@@ -266,7 +290,7 @@ class Run:
         }
 
     def _check(self) -> None:
-        if self.check_every is None or not self.ranks.any(not math.isfinite(float(self._sum))):
+        if self.check_every is None or not self.ranks.any(not math.isfinite(float(self.sum))):
             return
         bad_step, self.stopped = self.step, "loss is not finite"
         last = self._snapshot.restore()
@@ -289,7 +313,7 @@ class Run:
     def go_to(self, position: dict[str, Any]) -> None:
         """Put counts, data, rates and schedule back to where a snapshot was taken."""
         self.step, self.epoch, self.batch = position["step"], position["epoch"], position["batch"]
-        self._since_record = position["since"]
+        self.since_record, self.rows = position["since"], position["rows"]
         self.feed.load_state_dict(position["feed"])
         for group, rate in zip(self.optimizer.param_groups, position["rates"], strict=True):
             group["lr"] = rate
@@ -306,39 +330,18 @@ class Run:
     def save(self, name: str | None = None) -> None:
         """Write a checkpoint; only rank 0 writes."""
         self._check()
-        state = self._state()
-        if self.ranks.first:
-            numbered = name is None
-            checkpoint.save(
-                self._directory,
-                f"step-{self.step:08d}" if name is None else name,
-                self.objective.state_dict(),
-                state,
-                keep=self.keep if numbered else None,
-            )
+        with RUNNING:
+            state = state_of(self)
+            if self.ranks.first:
+                checkpoint.save(
+                    self._directory,
+                    f"step-{self.step:08d}" if name is None else name,
+                    self.objective.state_dict(),
+                    state,
+                    keep=self.keep if name is None else None,
+                )
         if name is None:
-            self._saved = self.step
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "seed": self.seed,
-            "sum": self._sum,
-            "since": self._since_record,
-            "feed": self.feed.state_dict(),
-            "terms_due": self._terms_due,
-            "records": len(self.history),
-            "best": self.best,
-            "stopped": None if self._signal is not None else self.stopped,
-            "products": getattr(self._take_step, "state_dict", lambda: None)(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "ema": None if self.averages is None else self.averages.state_dict(),
-            "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks],
-            "generators": self.ranks.gather_generators(checkpoint.generators()),
-        }
+            self.saved = self.step
 
     def restore(self, source: Path) -> None:
         """Go on from a checkpoint.
@@ -346,54 +349,5 @@ class Run:
         Raises:
             CheckpointError: if it is damaged or does not fit; nothing is changed then.
         """
-        weights, state = checkpoint.read_weights(source), checkpoint.read_state(source)
-        try:
-            probe = copy.deepcopy(self.optimizer.state_dict())
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise checkpoint.CheckpointError(f"{source}: its optimiser does not fit this run's ({error})") from error
-        try:
-            checkpoint.restore_weights(self.objective, weights, source)
-        except checkpoint.CheckpointError:
-            self.optimizer.load_state_dict(probe)
-            raise
-        for what, own in (("schedule", self.schedule), ("ema", self.averages)):
-            if (own is None) != (state[what] is None):
-                raise checkpoint.CheckpointError(
-                    f"{source} was written {'with' if own is None else 'without'} {what}=, this run is not: resume "
-                    "with the arguments that it was started with"
-                )
-            if own is not None:
-                own.load_state_dict(state[what])
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        self._since_record, self._terms_due = state["since"], state["terms_due"]
-        self.feed.load_state_dict(state["feed"])
-        self._sum.copy_(state["sum"])
-        if state.get("products") and hasattr(self._take_step, "load_state_dict"):
-            self._take_step.load_state_dict(state["products"])
-        self.best, self.stopped, self._saved = state["best"], state["stopped"], state["step"]
-        for callback, kept in zip(self.callbacks, state["callbacks"], strict=False):
-            if kept is not None:
-                callback.load_state_dict(kept)
-        self.history.truncate(state["records"])
-        self._pending = self.ranks.own_generators(state["generators"], self.seed, self.step)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM finish the step; a second acts as it always does."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-        def note(number: int, frame: Any) -> None:
-            self._signal = number
-            signal.signal(number, before[number])
-
-        for number in before:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with RUNNING:
+            go_on_from(self, source)

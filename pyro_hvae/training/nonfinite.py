@@ -1,4 +1,4 @@
-"""When the loss stops being a number: go back to the last good state, and find out where it happened.
+"""Locate the first NaN or infinity of a run: go back to the last good state, and make the steps since again.
 
 Looking at the loss after each step would wait for the device, so the sum of the losses is looked at every
 ``check_every`` steps; at each look that finds it finite, the state is copied.  After a look that does not, the steps
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pyro_hvae.traces import read
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.feed import Batch
+from pyro_hvae.training.objective import PairObjective
 
 if TYPE_CHECKING:
     from pyro_hvae.training.loop import Run
@@ -102,38 +102,36 @@ def _replay_step(run: Run, group: list[Batch]) -> list[str]:
     """Make one step again, and name what is not finite in it."""
     batches = [run.transform(*batch) for batch in group]
     noise = checkpoint.generators()
-    run.objective.step = run.step
     loss = run.eager.gradients(batches)
     run.step += 1
     run.batch += len(group)
     if not math.isfinite(float(loss)):
         checkpoint.restore_generators(noise)
-        particles = getattr(run.objective.bound, "num_particles", 1)
-        found = []
-        for args, kwargs in batches:
-            kwargs = run.objective.keywords(kwargs)
-            found += non_finite_sites(run.model, run.guide, args, kwargs, particles)
+        found = [name for args, kwargs in batches for name in non_finite_sites(run.objective, args, kwargs)]
         return found or ["the loss, though every site is finite"]
     if found := non_finite_gradients(run.objective):
         return found
     run.eager.apply()
+    run.objective.advance()
     if run.schedule is not None and not isinstance(run.schedule, ReduceLROnPlateau):
         run.schedule.step()
     return []
 
 
-def non_finite_sites(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> list[str]:
-    """Which draws and log-densities of one run are not finite, in the order they are computed."""
-    if getattr(guide, "num_layers", 0) is None:  # a diffusion in continuous time has no run
+def non_finite_sites(objective: PairObjective, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """Name the draws and log-densities of one run that are not finite, in the order they are computed."""
+    if getattr(objective.guide, "num_layers", 0) is None:  # a diffusion in continuous time has no run
         return []
+    bound = objective.bound
+    count = getattr(bound, "num_draws", getattr(bound, "num_particles", 1))
     with torch.no_grad():
         try:
-            reading = read(model, guide, args, kwargs, num_particles=num_particles)
-        except ValueError as error:  # the checked run refuses what it meets first, and says what that is
+            run = objective.problem(args, kwargs, training=True).run(count)
+        except ValueError as error:  # a first look refuses what it meets first, and says what that is
             return [str(error)]
-        found = [f"the guide's draw of '{name}'" for name, value in reading.values.items() if _bad(value)]
-        found += [f"log q of '{name}'" for name, value in reading.log_q.items() if _bad(value)]
-        found += [f"log p of '{name}'" for name, value in reading.log_p.items() if _bad(value)]
+        found = [f"the guide's draw of '{name}'" for name, value in run.values.items() if _bad(value)]
+        found += [f"log q of '{name}'" for name, value in run.log_q.items() if _bad(value)]
+        found += [f"log p of '{name}'" for name, value in run.log_p.items() if _bad(value)]
     return found
 
 

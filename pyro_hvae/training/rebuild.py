@@ -95,6 +95,7 @@ def load(
     weights = read_weights(found)
     if ema:
         weights.update(_averages(read_state(found), found))
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("bound.")}
     if programs is None:
         if config.get("factory") is None:
             raise CheckpointError(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_hvae.compile import CompiledStep
+from pyro_hvae.problem.isolation import RUNNING
+from pyro_hvae.training.compile import CompiledStep
 from pyro_hvae.training.feed import Batch
 
 __all__ = ["Autocast", "CompiledBatches", "EagerStep", "adam", "make_optimizer"]
@@ -57,7 +58,8 @@ class EagerStep:
         """Clip, and let the optimiser move."""
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.optimizer.step()
+        with RUNNING:
+            self.optimizer.step()
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         loss = self.gradients(batches)
@@ -78,19 +80,12 @@ class CompiledBatches:
     def __init__(self, compiled: CompiledStep) -> None:
         self.compiled = compiled
 
-    def state_dict(self) -> dict[str, str] | None:
-        """What was found out by measuring, and would come out differently another time."""
-        return self.compiled.products
-
-    def load_state_dict(self, state: dict[str, str] | None) -> None:
-        if self.compiled.products is not None and state is not None:
-            self.compiled.products.update(state)
-
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
-        if self.compiled.fuse_optimizer:
-            ((args, kwargs),) = batches
-            return self.compiled(*args, **kwargs)
-        return self.compiled.apply(self.compiled.backward(batches))
+        with RUNNING:
+            if len(batches) == 1:
+                ((args, kwargs),) = batches
+                return self.compiled(*args, **kwargs)
+            return self.compiled.apply(self.compiled.backward(batches))
 
 
 class Autocast(nn.Module):
@@ -109,10 +104,6 @@ class Autocast(nn.Module):
     @property
     def bound(self) -> Any:
         return self.objective.bound
-
-    @property
-    def step(self) -> Any:
-        return self.objective.step
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         with torch.autocast(self.device_type, dtype=torch.bfloat16):
@@ -143,6 +134,11 @@ def make_optimizer(
         made = made(parameters)
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(_no_optimizer(made))
+    if isinstance(made, torch.optim.LBFGS):
+        raise TypeError(
+            "torch.optim.LBFGS evaluates the loss several times a step, which fit() does not do: use Adam or SGD, or "
+            "call LBFGS.step(closure) with objective = bound(model, guide) yourself"
+        )
     held = {id(p) for group in made.param_groups for p in group["params"]}
     lost = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:

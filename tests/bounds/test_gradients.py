@@ -314,6 +314,22 @@ def test_more_particles_have_a_baseline():
     assert spread[2] < 0.25 * spread[1]
 
 
+@pytest.mark.parametrize(
+    "bound",
+    [ph.IWELBO(4, "vimco"), ph.VRBound(0.5, 4, "score"), ph.ThermodynamicBound(4, 2, "score")],
+    ids=["vimco", "renyi", "thermodynamic"],
+)
+def test_baselines_of_other_draws_take_variance_away(bound, monkeypatch):
+    spread = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model, guide, learned, _ = discrete_pair(5_000)
+        found = gradients(bound, model, guide, learned, torch.full((5_000,), 2))
+        spread.append(found["q1"].var(0).sum())
+        monkeypatch.setattr(type(bound), "leave_one_out", lambda self, weights: self.reduce(weights).expand_as(weights))
+    assert spread[0] < 0.5 * spread[1]
+
+
 def mixed_pair(size):
     learned = copies(size, tilt=0.4, gain=0.5, shift=0.3, spread=0.6, reach=1.5)
 

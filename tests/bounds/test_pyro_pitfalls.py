@@ -12,8 +12,6 @@ from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanFiel
 from pyro.infer.inspect import get_dependencies
 
 import pyro_hvae as ph
-from pyro_hvae.traces.dependencies import dependencies
-from pyro_hvae.traces.running import structure
 from tests.linear_gaussian import linear_gaussian
 from tests.programs import build, data, normal
 
@@ -240,7 +238,7 @@ def test_pyros_wake_phase_weighs_the_whole_batch():
             gradients.append(torch.cat([p.grad.flatten() for p in case.other.parameters()]))
         runs[name] = torch.stack(gradients)
     assert runs["theirs"].var(0).sum() > 2 * runs["ours"].var(0).sum()
-    weights = ph.traces.log_weights(case.model, case.other, case.x, num_particles=20)
+    weights = ph.Problem(case.model, case.other)(case.x).run(20).log_weights
     whole = weights.sum(1).softmax(0)
     each = weights.softmax(0)
     assert 1 / (whole**2).sum() < 4
@@ -284,7 +282,7 @@ def test_pyro_loses_a_dependency_and_the_layer_stays_monte_carlo(how):
     x = torch.randn(3)
     lost = get_dependencies(model, (x,))["prior_dependencies"]["z1"]
     assert "z2" not in lost
-    found = dependencies(model, guide, (x,), {}, structure(model, guide, (x,)))
+    found = ph.Problem(model, guide)(x).dependencies
     assert found.broken_by("z1") == {"z2"}
     assert set(ph.LayerwiseELBO().terms(model, guide, x)) == {"rate_z1", "kl_z2"}
 

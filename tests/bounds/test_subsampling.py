@@ -217,7 +217,7 @@ def test_local_draws_that_reach_a_global_one_are_refused():
             pyro.sample("z", dist.Normal(x / 2, 0.7))
         pyro.sample("g", dist.Normal(torch.zeros(()), 1.0))
 
-    with pytest.raises(ValueError, match=r"'g' stands outside of plate 'data' and depends on .*'z'"):
+    with pytest.raises(ValueError, match=r"'g' is outside of plate 'data' and depends on .*'z'"):
         ph.IWELBO(4, share_globals=True).loss(model, guide, torch.randn(4))
 
 

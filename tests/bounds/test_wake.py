@@ -49,7 +49,7 @@ def test_wake_is_the_self_normalised_log_q():
     loss = ph.WakePhase(6).loss(pair.model, pair.guide, *pair.args)
     pyro.set_rng_seed(4)
     with torch.no_grad():
-        reading = ph.traces.read(pair.model, pair.guide, pair.args, num_particles=6)
+        reading = ph.Problem(pair.model, pair.guide)(*pair.args).run(6)
     log_q = sum(reading.log_q.values())
     torch.testing.assert_close(loss, -(reading.log_weights.softmax(0) * log_q).sum())
 

@@ -1,5 +1,6 @@
 """What is wrong with a chain is said with the values, naming the kernel."""
 
+import numpy as np
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from pyro_hvae.chains import BottomUp, TopDown
+from pyro_hvae.diffusion import Diffusion, LinearSchedule
 from pyro_hvae.kernels import Bernoulli, Gaussian, StandardNormal
 from tests.chains.two_layers import data, pair
 
@@ -40,7 +42,7 @@ class TestErrors:
 
     def test_context_of_another_width(self):
         model = TopDown(z=StandardNormal(3), x=Bernoulli(nn.Linear(5, 5)))
-        with pytest.raises(ValueError, match=r"expects a last dim of 5 \(3 \+ 4 of the context given\)"):
+        with pytest.raises(ValueError, match=r"expects a last dim of 5 \(3 \+ 4 of the context\)"):
             model(data(), context=torch.zeros(7, 4))
 
     def test_dtype(self):
@@ -59,6 +61,13 @@ class TestErrors:
             model(size=0)
         with pytest.raises(ValueError, match="size of the whole data set, got 3 for a batch of 7"):
             guide(data(), data_size=3)
+        for program in (model, guide, Diffusion(LinearSchedule(), 2)):
+            with pytest.raises(ValueError, match="size of the whole data set, got nan for a batch of 7"):
+                program(data(), data_size=float("nan"))
+        for size in (2.5, True, "3"):
+            with pytest.raises(TypeError, match=f"size is a number of data, an integer; got {size!r}"):
+                model(size=size)
+        assert model(size=np.int64(3)).shape == (3, 5)
         with pytest.raises(TypeError, match=r"torch.Tensor, got ndarray"):
             model(data().numpy())
 

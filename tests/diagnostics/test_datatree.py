@@ -185,12 +185,16 @@ def test_summed_out_sites_are_marginal_in_the_likelihood_and_drawn_in_prediction
 
     x = torch.tensor([-50.0, 50.0, 49.0])
     tree = to_datatree(mixture, mode, x, num_draws=400)
-    assert set(tree["posterior"].data_vars) == {"loc"}
+    assert set(tree["posterior"].data_vars) == {"loc", "k"}
+    assert (tree["posterior"]["k"].values == [0, 1, 1]).all()
     assert set(tree["prior"].data_vars) == {"loc", "k"}
     loc = torch.as_tensor(tree["posterior"]["loc"].values)
     each = dist.Normal(loc[..., None, :], 1.0).log_prob(x[:, None]) + torch.tensor([0.2, 0.8]).log()
     np.testing.assert_allclose(tree["log_likelihood"]["x"], each.logsumexp(-1))
-    share = float((tree["posterior_predictive"]["x"] > 0).mean())
+    replicates = tree["posterior_predictive"]["x"].values[0]
+    assert ((replicates > 0) == [False, True, True]).all()  # of the states that the data have, not of the prior's
+    np.testing.assert_allclose(abs(replicates).mean(0), 50, atol=4 / 400**0.5)
+    share = float((tree["prior"]["k"] == 1).mean())
     assert abs(share - 0.8) < 4 * (0.16 / 1200) ** 0.5
 
 
@@ -358,6 +362,17 @@ def redrawn(x):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x[chosen])
 
 
+def test_a_minibatch_that_the_programs_draw_is_one_for_all_draws():
+    x = torch.arange(5.0)
+    tree = to_datatree(redrawn, point, x, num_draws=9, chunk_size=2)
+    chosen = tree["log_likelihood"]["data"].values.tolist()
+    assert len(set(chosen)) == 2
+    np.testing.assert_array_equal(tree["observed_data"]["x"].values, x[chosen])
+    z = torch.as_tensor(tree["posterior"]["z"].values)
+    np.testing.assert_allclose(tree["log_likelihood"]["x"], dist.Normal(z[..., None], 1.0).log_prob(x[chosen]))
+    assert tree["posterior_predictive"]["data"].values.tolist() == chosen
+
+
 def of_two_sizes(x):
     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1), infer={"event_dims": ["side"]})
     pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(3), 1.0).to_event(1), obs=x[:3])
@@ -380,7 +395,6 @@ def point(x):
         ((model, guide), {"dims": {"x": ["feature"]}}, "dim 'feature' has size 3 at site 'x' and 2 at 'g'"),
         ((model, guide), {"dims": {"x": ["z"]}}, "'z' names a site and a dim"),
         ((model, []), {}, "1 model\\(s\\) and 0 guide\\(s\\)|0 guide"),
-        ((redrawn, point), {}, "plate 'data' draws another 2 of its 5 indices at each run"),
     ],
 )
 def test_what_has_no_tree(programs, options, message):

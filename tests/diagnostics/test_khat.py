@@ -13,7 +13,7 @@ from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.diagnostics import khats
 from pyro_hvae.kernels import Gaussian, StandardNormal, WithoutContext
 from pyro_hvae.nn import MLP
-from pyro_hvae.psis import good_khat
+from pyro_hvae.weights import good_khat
 from tests.diagnostics.schools import SCHOOLS, eight_schools
 from tests.linear_gaussian import linear_gaussian
 
@@ -39,6 +39,19 @@ def test_an_exact_guide_is_exact_everywhere():
         assert set(found.flagged().values()) == {0}
         assert "exact" in str(found)
     assert list(found.per_layer) == ["z3", "z2", "z1"]  # in the guide's order
+
+
+def test_bounded_weights_of_discrete_draws_are_not_called_exact():
+    """The guide draws the likelier value too seldom: weights of .7/.5 and .3/.5, of which the largest is common."""
+
+    def model():
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.7)))
+
+    found = khats(model, lambda: pyro.sample("z", dist.Bernoulli(torch.tensor(0.5))), num_draws=200)
+    assert found.joint == -torch.inf
+    assert not found.exact
+    assert "bounded" in str(found)
+    assert khats(model, model, num_draws=200).exact
 
 
 def test_a_narrow_guide_is_flagged_at_each_datum_and_each_layer():

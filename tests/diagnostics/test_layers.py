@@ -1,5 +1,8 @@
 """Active units against probabilistic PCA, where they are known in closed form (oracle 7)."""
 
+import pyro
+import pyro.distributions as dist
+import pytest
 import torch
 
 from pyro_hvae.chains import BottomUp, TopDown
@@ -51,3 +54,48 @@ def test_noise_of_the_lower_layer_is_no_activity():
     )
     variances = mean_variances(model, guide, torch.randn(5000, 1), num_draws=16)
     assert abs(float(variances["z2"])) < 4 * (2 / 5000) ** 0.5 / 16
+
+
+def test_units_of_inner_plates_in_any_place():
+    """Data in the plate on the right; z has two units, of which the second follows x and the first does not."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("units", 2, dim=-2):
+                z = pyro.sample("z", dist.Normal(torch.tensor([[0.0], [10.0]]), 1.0))
+            pyro.sample("x", dist.Normal(z[..., 1:, :], 1.0), obs=x)
+
+    def guide(x):
+        loc = torch.stack([torch.zeros_like(x), 10 + (x - 10) / 2])
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("units", 2, dim=-2):
+            pyro.sample("z", dist.Normal(loc, 0.5**0.5))
+
+    x = 10 + torch.randn(500)
+    found = mean_variances(model, guide, x)["z"]
+    torch.testing.assert_close(found, torch.stack([torch.zeros(()), x.var() / 4]))
+    assert active_units(model, guide, x) == {"z": 1}
+
+
+def test_categories_are_indicators_and_a_cauchy_has_no_mean():
+    """q(k|x) is certain of one of two categories, half of the data each: each indicator has variance 1/4."""
+
+    def model(x, of):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", of(0 * x))
+            pyro.sample("x", dist.Normal(1.0 * k, 1.0), obs=x)
+
+    def sure(x, of):
+        with pyro.plate("data", len(x)):
+            logits = torch.stack([-50 * x, 50 * x], -1)
+            pyro.sample("k", dist.Categorical(logits=logits) if of is category else of(x))
+
+    def category(x):
+        return dist.Categorical(torch.ones(2) / 2)
+
+    def cauchy(x):
+        return dist.Cauchy(x, 1.0)
+
+    x = torch.tensor([-1.0, 1.0]).repeat(50)
+    assert abs(float(mean_variances(model, sure, x, category)["k"]) - 2 * 0.25 * 100 / 99) < 1e-8
+    with pytest.raises(ValueError, match=r"site 'k' \(Cauchy\) has no finite mean"):
+        active_units(model, sure, x, cauchy)

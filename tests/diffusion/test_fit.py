@@ -8,9 +8,9 @@ import torch
 
 import pyro_hvae as ph
 from pyro_hvae.bounds import DiffusionELBO, SimpleDiffusionLoss
+from pyro_hvae.diffusion import LearnedSchedule
 from pyro_hvae.models import vdm
 from pyro_hvae.nn import MLP, DenoisingMLP
-from pyro_hvae.schedules import LearnedSchedule
 from pyro_hvae.training.objective import PairObjective
 
 

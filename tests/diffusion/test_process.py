@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from pyro_hvae.diffusion import PARAMETERISATIONS, Diffusion, Noising, convert
-from pyro_hvae.schedules import CosineSchedule, LearnedSchedule, LinearSchedule, MonotoneSchedule
+from pyro_hvae.diffusion import (
+    PARAMETERISATIONS,
+    CosineSchedule,
+    Diffusion,
+    LearnedSchedule,
+    LinearSchedule,
+    MonotoneSchedule,
+    Noising,
+    convert,
+)
 
 EIGENVALUES = torch.tensor([4.0, 1.0, 0.3, 0.05, 0.01], dtype=torch.float64)
 MEAN = torch.tensor([0.5, -1.0, 0.0, 0.2, 0.0], dtype=torch.float64)

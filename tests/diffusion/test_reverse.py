@@ -8,10 +8,16 @@ from torch import nn
 
 import pyro_hvae as ph
 from pyro_hvae.bounds import DiffusionELBO
-from pyro_hvae.diffusion import Noising, ReverseVariance, dequantised_log_likelihood, inpaint
+from pyro_hvae.diffusion import (
+    LearnedSchedule,
+    LinearSchedule,
+    Noising,
+    ReverseVariance,
+    dequantised_log_likelihood,
+    inpaint,
+)
 from pyro_hvae.models import vdm
 from pyro_hvae.nn import DenoisingMLP
-from pyro_hvae.schedules import LearnedSchedule, LinearSchedule
 
 SPREAD = 0.7
 COVARIANCE = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)

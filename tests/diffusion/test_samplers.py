@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_hvae.diffusion import Noising, ddim, dpm_solver, flow_log_likelihood, guided, probability_flow
+from pyro_hvae.diffusion import LinearSchedule, Noising, ddim, dpm_solver, flow_log_likelihood, guided, probability_flow
 from pyro_hvae.models import vdm
-from pyro_hvae.schedules import LinearSchedule
 
 WEIGHTS = torch.tensor([0.4, 0.6], dtype=torch.float64)
 MEANS = torch.tensor([-1.0, 0.8], dtype=torch.float64)

@@ -7,9 +7,16 @@ import torch
 from torch import nn
 
 from pyro_hvae.bounds import DiffusionELBO
-from pyro_hvae.diffusion import Noising, ddim, dpm_solver, flow_log_likelihood, probability_flow
+from pyro_hvae.diffusion import (
+    CosineSchedule,
+    LinearSchedule,
+    Noising,
+    ddim,
+    dpm_solver,
+    flow_log_likelihood,
+    probability_flow,
+)
 from pyro_hvae.models import vdm
-from pyro_hvae.schedules import CosineSchedule, LinearSchedule
 
 WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MEANS = torch.tensor([[-1.5, 0.5], [0.8, -0.4]], dtype=torch.float64)

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from pyro_hvae.bounds import DiffusionELBO
-from pyro_hvae.diffusion import Noising
+from pyro_hvae.diffusion import CosineSchedule, LearnedSchedule, LinearSchedule, Noising
 from pyro_hvae.models import vdm
-from pyro_hvae.schedules import CosineSchedule, LearnedSchedule, LinearSchedule
 
 EIGENVALUES = torch.tensor([4.0, 1.0, 0.3, 0.05, 0.01], dtype=torch.float64)
 LOW, HIGH = -10.0, 4.0
@@ -62,11 +61,13 @@ def draws(sampling, schedule, batches=500, size=32, num_layers=1, warm_up=0, mea
     model, guide = pair(schedule)
     bound = DiffusionELBO(num_layers, sampling)
     found = []
-    for _ in range(batches + warm_up):
+    for _ in range(warm_up):  # times are learned in training alone
+        bound.differentiable_loss(model, guide, EIGENVALUES.sqrt() * torch.randn(size, 5))
+    for _ in range(batches):
         x = EIGENVALUES.sqrt() * torch.randn(size, 5)
         terms = bound.terms(model, guide, x)["denoising_matching"]
         found.append(terms.mean(0, keepdim=True) if mean else terms)
-    return torch.cat(found[warm_up:])
+    return torch.cat(found)
 
 
 def agrees(found, expected):

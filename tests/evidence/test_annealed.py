@@ -10,7 +10,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_hvae.evidence import anneal, annealing, evidence_sandwich, log_evidence, sigmoid_temperatures, temperatures
-from pyro_hvae.traces import simulate
+from pyro_hvae.problem import Problem
 
 Y, NOISE = 2.0, 0.25
 LOG_P = -2.630510
@@ -79,7 +79,8 @@ def guide_two_layers(x):
 @pytest.mark.parametrize("base", ["prior", "guide"])
 def test_sandwich_closes_and_contains_the_evidence(base):
     """100 data, each a repeat of its own: exact joint draws, a bracket each."""
-    latents, (x,), _ = simulate(two_layers, (torch.zeros(100),))
+    latents, simulated = Problem(two_layers)(torch.zeros(100)).simulate()
+    (x,) = simulated.args
     bracket = evidence_sandwich(
         two_layers,
         guide_two_layers,
@@ -258,7 +259,7 @@ def test_posterior_draws_must_be_possible_and_fit():
     good = {"z": torch.tensor([0.5, 0.1, 1.5])}
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"16 values .* outside of Interval"):
         evidence_sandwich(wall, narrow, x, posterior_samples=good, betas=4)
-    with pytest.raises(ValueError, match=r"16 of 48 given draws are impossible .* index \(1,\)"):
+    with pytest.raises(ValueError, match=r"16 of 48 draws are impossible .* index \(1,\)"):
         evidence_sandwich(wall, None, x, posterior_samples={"z": torch.tensor([0.5, -0.1, 1.5])}, betas=4)
     with pytest.raises(ValueError, match=r"shape \(5, 3\); .* set num_chains"):
         evidence_sandwich(wall, None, x, posterior_samples={"z": torch.rand(5, 3)}, betas=4)

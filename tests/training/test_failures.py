@@ -92,6 +92,17 @@ def test_nan_behind_a_mask_is_no_nan_in_the_data(data):
         ({"steps": 1, "ema": 1.0}, r"must be in \[0, 1\)"),
         ({"steps": 1, "resume": True}, "resume=True goes on from a run_dir"),
         ({"steps": 1, "tensorboard": True}, "tensorboard=True writes under run_dir"),
+        ({"steps": 2.5}, "steps must be an integer, got 2.5"),
+        ({"steps": math.nan}, "steps must be an integer, got nan"),
+        ({"epochs": True}, "epochs must be an integer, got True"),
+        ({"steps": 1, "validate_every": 0}, "validate_every must be at least 1, got 0"),
+        ({"steps": 1, "checkpoint_every": -1}, "checkpoint_every must be at least 1"),
+        ({"steps": 1, "data_size": math.nan}, "data_size must be an integer, got nan"),
+        ({"steps": 1, "data_size": 20}, "data_size=20 is less than the 200 data"),
+        ({"steps": 1, "seed": -1}, "seed must be an integer of at least 0"),
+        ({"steps": 1, "shuffle": "no"}, "shuffle must be True or False, got 'no'"),
+        ({"steps": 1, "compile": None}, "compile must be True, False or a mapping of options, got None"),
+        ({"steps": 1, "compile": 0}, "compile must be True, False or a mapping of options, got 0"),
     ],
 )
 def test_refused_arguments(options, message, data):
@@ -108,6 +119,28 @@ def test_what_is_no_bound_is_refused(bound, message, data):
 def test_pyro_optimisers_are_refused_with_the_reason(data):
     with pytest.raises(TypeError, match=r"belong to pyro\.infer\.SVI"):
         fit(Model(), Guide(), data, bound=TraceELBO(), steps=1, optimizer=pyro.optim.Adam({"lr": 1e-3}), **quiet)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "options", "message"),
+    [
+        (lambda x: x, {"transform": lambda x: None}, "transform= returned None"),
+        (lambda x: x, {"optimizer": torch.optim.LBFGS}, "call LBFGS.step"),
+        (lambda x: x.float(), {}, r"the data are torch.float32 and the parameters torch.float64"),
+        (lambda x: [3, 4], {"data_size": 2}, r"this one holds \['int'\]"),
+        (lambda x: x.sum(), {}, "a tensor of it has no dimension at all"),
+    ],
+    ids=["no batch", "lbfgs", "dtype", "integers", "no dimension"],
+)
+def test_what_the_programs_can_not_be_called_with_is_refused(wrap, options, message, data):
+    with pytest.raises((TypeError, ValueError), match=message):
+        fit(Model(), Guide(), wrap(data), bound=TraceELBO(), steps=1, **options, **quiet)
+
+
+def test_a_frame_is_refused_with_what_to_pass(data):
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"data is a DataFrame, .* torch.as_tensor\(data.to_numpy\(\)\)"):
+        fit(Model(), Guide(), pandas.DataFrame({"x": data.numpy()}), bound=TraceELBO(), steps=1, **quiet)
 
 
 def test_an_optimizer_that_misses_parameters_is_refused(data):

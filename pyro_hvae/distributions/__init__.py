@@ -1,0 +1,22 @@
+"""Distributions that torch and Pyro lack, or compute with too large an error.
+
+- On grey levels: :class:`DiscretizedLogistic`, its mixture, and :class:`BinnedGaussian`. Their support,
+  :class:`Levels`, holds the levels and nothing between them.
+- Counts: :class:`Poisson` and :class:`NegativeBinomial`, whose log-probabilities keep their digits in float32 at large
+  rates.
+- The divergence of a full Gaussian from a diagonal one, registered with torch.
+"""
+
+import pyro_hvae.distributions.divergences  # noqa: F401 (registers them)
+from pyro_hvae.distributions.counts import NegativeBinomial, Poisson
+from pyro_hvae.distributions.levels import BinnedGaussian, Levels
+from pyro_hvae.distributions.logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+
+__all__ = [
+    "BinnedGaussian",
+    "DiscretizedLogistic",
+    "DiscretizedLogisticMixture",
+    "Levels",
+    "NegativeBinomial",
+    "Poisson",
+]

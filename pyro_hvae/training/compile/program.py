@@ -1,0 +1,113 @@
+"""One graph: traced for one layout of a batch, compiled, checked and called."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_hvae.training.compile.graph import FlatGraph, kept_values
+from pyro_hvae.training.compile.update import FusedAdam
+
+__all__ = ["CompileMismatchError", "Program", "compile_graph", "same"]
+
+aten = torch.ops.aten
+
+
+class CompileMismatchError(RuntimeError):
+    """A compiled step does not give what the program gives under the same noise."""
+
+
+class Program:
+    """A flat graph of loss and gradients, compiled, with the optimiser's update of the parameters that it trains.
+
+    Args:
+        flat: the graph.
+        adam: the update of ``flat.trained``.
+        inputs: an example batch.
+        backend, noise: as for :func:`~pyro_hvae.training.compile.compile_step`.
+    """
+
+    def __init__(
+        self, flat: FlatGraph, adam: FusedAdam, inputs: Sequence[Tensor], backend: str, noise: str
+    ) -> None:
+        self.flat, self.adam = flat, adam
+        self.call: Callable[..., Any] = flat.module
+        if backend == "inductor":
+            self.call = compile_graph(flat.module, [*flat.tensors, *inputs], noise)
+
+    def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the loss and the gradients of ``flat.trained``."""
+        with torch.no_grad():
+            return self.call(*self.flat.tensors, *inputs)
+
+    def verify(self, inputs: Sequence[Tensor], noise: Tensor, labels: list[str]) -> None:
+        """Compare the compiled graph with the flat graph under one noise.
+
+        Raises:
+            CompileMismatchError: if they differ by more than round-off.
+        """
+        results = []
+        for call in (self.call, self.flat.module):
+            with torch.random.fork_rng(), torch.no_grad(), kept_values(self.flat.tensors):
+                torch.set_rng_state(noise)
+                results.append([value.clone() for value in call(*self.flat.tensors, *inputs)])
+        same("the compiled graph", labels, results[0], results[1])
+
+
+def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor], noise: str) -> Callable[..., Any]:
+    """Compile a graph by Inductor.
+
+    The inputs are given as fake tensors of one mode with a shape environment: without one, Inductor keeps nothing on
+    disk, and every process compiles all graphs again.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside torch
+        from torch._guards import TracingContext, tracing
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+        examples = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in tensors]
+        owned = _owned(module, keep_draws=noise == "eager")
+        with config.patch(fallback_random=noise == "eager"), tracing(TracingContext(mode)):
+            compiled: Any = compile_fx(owned, examples)
+    return compiled
+
+
+def _owned(module: fx.GraphModule, keep_draws: bool) -> fx.GraphModule:
+    """Copy a graph for Inductor, which changes what it is given.
+
+    With ``keep_draws``, Bernoulli draws become the overload that Inductor leaves to torch; as ``rand < p``, which it
+    makes of the other, they would differ from torch's.
+    """
+    graph = copy.deepcopy(module.graph)
+    for node in graph.nodes:
+        node.meta.clear()  # lines of the program would make the keys of the cache on disk depend on them
+        if keep_draws and node.op == "call_function" and node.target is aten.bernoulli.default:
+            node.target = aten.bernoulli.Tensor
+            node.args = (node.args[0], node.args[0])
+    return fx.GraphModule(module, graph)
+
+
+def same(what: str, labels: list[str], found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Compare tensors up to round-off, which a gradient that nearly cancels has from its larger parts.
+
+    Raises:
+        CompileMismatchError: naming the first that differs by more.
+    """
+    norms = [float(value.double().norm()) for value in expected]
+    for label, a, b, size in zip(labels, found, expected, norms, strict=True):
+        epsilon = torch.finfo(b.dtype).eps
+        distance = float((a.double() - b.double()).norm())
+        if not distance <= max(1e-5, epsilon**0.5) * size + epsilon * max(norms) + 1e-12:
+            raise CompileMismatchError(
+                f"{what} does not agree with the program under the same noise: {label} is off by {distance:.3g} of "
+                f"{size:.3g}. Does the program draw from another generator than torch's, or change from call to call?"
+            )

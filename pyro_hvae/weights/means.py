@@ -1,0 +1,131 @@
+r"""The mean of the weights, its error, and checks.
+
+.. math:: \widehat{\log p(x)} = \log\frac1S\sum_s w_s, \qquad
+          \mathrm{stderr} = \frac{\mathrm{sd}(w)}{\sqrt S\,\bar w}, \qquad
+          \mathrm{ESS} = \frac{(\sum_s w_s)^2}{\sum_s w_s^2}.
+
+All results are computed relative to the largest weight, so large log-weights do not overflow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_weights", "effective_sample_size", "log_mean_exp", "log_mean_exp_stderr"]
+
+
+def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
+    r"""Compute :math:`\log\frac1S\sum_s w_s` (nats): the importance-sampling estimate of log p(x).
+
+    Args:
+        log_weights: :math:`\log w_s`, S along ``dim``; ``-inf`` is a weight of zero.
+        dim: the dim of the draws.
+
+    Returns:
+        The shape without ``dim``; ``-inf`` where all weights are zero.
+
+    Raises:
+        ValueError: if there are no draws.
+
+    Example:
+        >>> log_mean_exp(torch.tensor([1.0, 3.0]).log()).exp().round(decimals=4)
+        tensor(2.)
+    """
+    return log_weights.logsumexp(dim) - math.log(_count(log_weights, dim, 1))
+
+
+def log_mean_exp_stderr(log_weights: Tensor, dim: int = 0) -> Tensor:
+    r"""Compute the standard error of :func:`log_mean_exp` by the delta method, :math:`\mathrm{sd}(w)/(\sqrt S\bar w)`.
+
+    It is meaningful where :func:`pareto_khat` is below :func:`good_khat`.
+
+    Args:
+        log_weights: independent draws, S >= 2 along ``dim``.
+        dim: the dim of the draws.
+
+    Returns:
+        The shape without ``dim``, in nats; NaN where all weights are zero.
+
+    Raises:
+        ValueError: for fewer than 2 draws.
+
+    Example:
+        >>> log_mean_exp_stderr(torch.tensor([1.0, 3.0]).log()).round(decimals=4)  # sd 2**.5, mean 2
+        tensor(0.5000)
+    """
+    count = _count(log_weights, dim, 2)
+    deviation = torch.expm1(log_weights.log_softmax(dim) + math.log(count))  # of w / mean(w) from 1
+    return (deviation.square().sum(dim) / (count * (count - 1))).sqrt()
+
+
+def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
+    r"""Compute :math:`(\sum_s w_s)^2/\sum_s w_s^2`, a number between 1 (one weight dominates) and S (all are equal).
+
+    Args:
+        log_weights: S along ``dim``, normalised or not.
+        dim: the dim of the draws.
+
+    Returns:
+        The shape without ``dim``; NaN where all weights are zero.
+
+    Raises:
+        ValueError: if there are no draws.
+
+    Reference:
+        Sequential Imputations and Bayesian Missing Data Problems (Kong, Liu and Wong, 1994).
+
+    Example:
+        >>> effective_sample_size(torch.zeros(10))
+        tensor(10.)
+    """
+    count = _count(log_weights, dim, 1)
+    return (-(2 * log_weights.log_softmax(dim)).logsumexp(dim)).exp().clamp(1.0, count)
+
+
+def check_weights(log_weights: Tensor, dim: int = 0) -> None:
+    """Refuse log-weights that are NaN or +inf, and data for which no draw has a positive weight.
+
+    Args:
+        log_weights: draws along ``dim``; the other dims are data.
+        dim: the dim of the draws.
+
+    Raises:
+        ValueError: with the number of such data, and the index of the first.
+
+    Example:
+        >>> check_weights(torch.tensor([[0.0, 0.0], [1.0, torch.nan]]))
+        Traceback (most recent call last):
+        ValueError: 1 of 2 data have a log-weight that is NaN or +inf (an improper posterior, or a density without a
+        bound); the first has index (1,), at draw 1
+    """
+    _count(log_weights, dim, 1)
+    top = log_weights.amax(dim)  # NaN if any is
+    for bad, what in (
+        (
+            top.isnan() | (top == torch.inf),
+            "have a log-weight that is NaN or +inf (an improper posterior, or a density without a bound)",
+        ),
+        (top == -torch.inf, "have no draw with a positive weight (log p(x, z) is -inf at every draw)"),
+    ):
+        if bool(bad.any()):
+            first = tuple(int(i) for i in bad.nonzero()[0])
+            where = f"; the first has index {first}" if first else ""
+            draws = log_weights.movedim(dim, -1)[first]
+            invalid = (draws.isnan() | (draws == torch.inf)).nonzero()
+            if len(invalid):
+                where += f"{',' if where else ';'} at draw {int(invalid[0])}"
+            raise ValueError(f"{int(bad.sum())} of {bad.numel()} data {what}{where}")
+
+
+def _count(log_weights: Tensor, dim: int, least: int) -> int:
+    """Return the number of draws; refuse too few."""
+    count = log_weights.shape[dim] if log_weights.dim() else 0
+    if count < least:
+        raise ValueError(
+            f"log_weights of shape {tuple(log_weights.shape)} have {count} draw(s) along dim {dim}; "
+            f"at least {least} are needed"
+        )
+    return count

@@ -1,0 +1,275 @@
+"""One set of draws, judged as it is and once weighted; from programs, a bound problem, a tree or a file."""
+
+import random
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro.infer import MCMC, NUTS
+
+import pyro_hvae as ph
+from pyro_hvae.diagnostics import (
+    active_units,
+    calibrate,
+    diagnose,
+    held_out,
+    khats,
+    layers,
+    mean_variances,
+    resample,
+    to_datatree,
+)
+from pyro_hvae.diagnostics.moments import compare_moments
+from pyro_hvae.problem import Problem
+
+
+def local(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def local_guide(factor=1.0, shift=0.0):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + shift, factor * 0.5**0.5))
+
+    return guide
+
+
+def shared(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def shared_guide(factor=1.0, shift=0.0):
+    def guide(x):
+        sd = (1 + len(x)) ** -0.5
+        pyro.sample("z", dist.Normal(x.sum() / (1 + len(x)) + shift * sd, factor * sd))
+
+    return guide
+
+
+def whats(report, level=None):
+    return [finding.what for finding in report.findings if level is None or finding.level == level]
+
+
+# --- the draws as they are
+
+
+@pytest.mark.parametrize("factor", [0.85, 1.0, 1.15, 1.6, 4.0])
+def test_ratio_of_the_sds_is_the_guides(factor):
+    x = torch.randn(1)
+    tree = to_datatree(shared, shared_guide(factor), x, num_draws=20_000)
+    found = compare_moments(tree)["z"]
+    assert abs(found.ratio / factor - 1) < 0.05
+    assert abs(found.shift) < 0.1
+    assert (found.off, found.severe) == (int(factor >= 1.6), int(factor >= 4.0))
+
+
+def test_shift_of_the_means_is_the_guides():
+    found = compare_moments(to_datatree(shared, shared_guide(1.5, 0.8), torch.randn(3), num_draws=20_000))["z"]
+    assert abs(found.shift - 0.8) < 0.1
+    assert found.off == 1
+
+
+@pytest.mark.parametrize(("model", "make"), [(local, local_guide), (shared, shared_guide)])
+def test_a_guide_four_times_too_wide_has_good_weights_and_wrong_draws(model, make):
+    x = 2**0.5 * torch.randn(30) if model is local else torch.randn(()) + torch.randn(30)  # as the model makes them
+    report = diagnose(model, make(4.0), x)
+    (wrong,) = whats(report, "wrong")
+    assert wrong.startswith("the draws as they are: sd of z 4")
+    assert any(what.startswith("k-hat of ") for what in whats(report, "good"))
+    assert report.numbers["draws"]["z"]["off"] == (30 if model is local else 1)
+    exact = diagnose(model, make(1.0), x)
+    assert not whats(exact, "wrong") + whats(exact, "doubtful"), str(exact)
+    assert any(what.startswith("the draws as they are: means within") for what in whats(exact, "good"))
+
+
+@pytest.mark.parametrize(("freedom", "scale"), [(1.0, 1.3), (3.0, 1.2)])
+def test_scatter_of_heavy_tails_is_no_difference(freedom, scale):
+    """Sds of 300 draws scatter beyond the limit where tails are heavy, or where there is no sd; their errors say so."""
+
+    def program(width):
+        def run():
+            with pyro.plate("data", 400):
+                pyro.sample("z", dist.StudentT(freedom, torch.zeros(400), width))
+
+        return run
+
+    found = compare_moments(to_datatree(program(1.0), program(scale), num_draws=300))["z"]
+    assert found.entries > 350
+    assert found.off == 0
+    if freedom == 3.0:
+        assert found.ratio > 1.25
+
+
+def test_words_for_the_whole_posterior():
+    report = str(diagnose(shared, shared_guide(0.3), torch.randn(40), num_draws=2000))
+    assert "k-hat of the whole posterior" in report
+    assert "of 1 data" not in report
+    lone = diagnose(shared, shared_guide(1.0, 12.0), torch.randn(40), num_draws=2000)
+    assert any("the whole posterior rests on fewer than 1% of 2000 draws" in what for what in whats(lone))
+
+
+def test_a_global_latent_is_judged_beside_the_data():
+    """z given g is exact, g far too narrow: each datum is good, the whole posterior is not."""
+
+    def model(x):
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        g = pyro.sample("g", dist.Normal(x.sum() / (len(x) + 2), 0.2 * (1 + len(x) / 2) ** -0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((g + x) / 2, 0.5**0.5))
+
+    report = diagnose(model, guide, torch.randn(6))
+    assert any(what.startswith("k-hat of each datum given g: 0 of 6") for what in whats(report, "good"))
+    bad = whats(report, "wrong") + whats(report, "doubtful")
+    assert any(what.startswith("k-hat of the whole posterior") for what in bad)
+
+
+# --- trees
+
+
+def test_a_tree_is_judged_as_its_programs_are(tmp_path):
+    x = torch.randn(20)
+    tree = to_datatree(local, local_guide(0.35), x, num_draws=400, path=tmp_path / "draws.nc")
+    tree.close()
+    with xr.open_datatree(tmp_path / "draws.nc") as again:
+        report = diagnose(again)
+    assert report.worst == "wrong"
+    assert report.findings[0].what.startswith("k-hat of each datum")
+    assert set(report.numbers) >= {"khat", "elbo", "ess", "draws", "predictive"}
+    sets = {tuple(finding.what.split(" ")[:3]) for finding in report.findings}
+    assert sets <= {tuple(f.what.split(" ")[:3]) for f in diagnose(local, local_guide(0.35), x).findings}
+
+
+def test_one_set_of_draws():
+    """A guide whose latents are all shared by the data has no layers to look at: it runs as often as for a tree."""
+    calls = []
+
+    def guide(x):
+        calls.append(1)
+        shared_guide()(x)
+
+    x = torch.randn(5)
+    report = diagnose(shared, guide, x, num_draws=300)  # and learn the structure
+    counts = []
+    for verb in (diagnose, to_datatree):
+        calls.clear()
+        verb(shared, guide, x, num_draws=300)
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+    assert float(report.numbers["khat"]["joint"]) == -np.inf
+
+
+def test_chains_of_restarts_and_of_a_sampler():
+    x = torch.randn(6)
+    tree = to_datatree(shared, [shared_guide(1.0, -6.0), shared_guide(1.0, 6.0)], x, num_draws=200)
+    report = diagnose(tree)
+    assert any(what.startswith("R-hat across restarts: z") for what in whats(report, "wrong"))
+    assert len(report.numbers["elbos"]) == 2
+    sampler = MCMC(NUTS(shared), num_samples=200, warmup_steps=100, num_chains=1, disable_progbar=True)
+    sampler.run(x)
+    report = diagnose(to_datatree(shared, sampler, x))
+    assert whats(report, "note")[0].startswith("no weights: the draws are of kind mcmc")
+    assert not whats(report, "wrong")
+    report = diagnose(resample(to_datatree(shared, shared_guide(2.0), x, num_draws=500)))
+    assert any(what.startswith("no weights: the draws are of kind resampled, k-hat ") for what in whats(report))
+
+
+def test_a_minibatch_with_global_latents():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", 50, subsample=torch.arange(len(x))):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(5)
+    (finding,) = [f for f in diagnose(to_datatree(model, shared_guide(), x)).findings if f.level == "note"]
+    assert "stands for 10 times as many data" in finding.what
+    for verb in (diagnose, khats):
+        with pytest.raises(ValueError, match=r"plate 'data' shows 5 of 50 .* k-hat of a part of the data"):
+            verb(model, shared_guide(), x)
+
+
+def test_what_a_tree_can_not_say():
+    tree = to_datatree(local, local_guide(), torch.randn(4), num_draws=50)
+    with pytest.raises(ValueError, match="draw from the programs, which a tree does not hold"):
+        diagnose(tree, calibration=True)
+    with pytest.raises(TypeError, match="call diagnose with the tree alone"):
+        diagnose(tree, local_guide())
+
+
+def test_predictive_checks_are_read():
+    heavy = 3 * torch.distributions.StudentT(2.0).sample((200,))
+    report = diagnose(shared, shared_guide(), heavy)
+    (finding,) = [what for what in whats(report, "doubtful") if what.startswith("predictive checks")]
+    assert "sd of x (p = 0.000)" in finding
+    assert any("replicates look like" in what for what in whats(diagnose(shared, shared_guide(), torch.randn(200))))
+
+
+# --- bound problems, and nothing changed by looking
+
+VERBS = {
+    "to_datatree": lambda *a: to_datatree(*a, num_draws=5),
+    "khats": lambda *a: khats(*a, num_draws=40),
+    "layers": lambda *a: layers(*a),
+    "mean_variances": lambda *a: mean_variances(*a),
+    "active_units": lambda *a: active_units(*a),
+    "calibrate": lambda *a: calibrate(*a, num_draws=19),
+    "held_out": lambda *a: held_out(*a, num_draws=30),
+    "diagnose": lambda *a: diagnose(*a, num_draws=100, calibration=True, evidence=True, num_chains=4, betas=5),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_bound_problem_in_the_place_of_programs(verb):
+    x = torch.randn(24)
+    assert type(VERBS[verb](Problem(local, local_guide())(x))) is type(VERBS[verb](local, local_guide(), x))
+    with pytest.raises(TypeError, match="has its guide and its data bound already"):
+        VERBS[verb](Problem(local, local_guide())(x), local_guide())
+
+
+@pytest.mark.parametrize("fails_at", [None, 1, 3, 5])
+@pytest.mark.parametrize("verb", VERBS)
+def test_looking_changes_nothing_also_after_an_error(verb, fails_at):
+    model, guide = ph.vae(3, 2, hidden=(4,), likelihood="gaussian")
+    norm = torch.nn.BatchNorm1d(3)
+    calls = []
+
+    class Guide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.norm = guide, norm
+
+        def forward(self, x):
+            calls.append(1)
+            if fails_at is not None and len(calls) >= fails_at:
+                raise RuntimeError("stop here")
+            self.inner(self.norm(x))
+
+    pair = model, Guide()
+    pair[0].train()
+
+    def state():
+        tensors = [t.clone() for p in pair for t in (*p.parameters(), *p.buffers())]
+        flags = [m.training for p in pair for m in p.modules()]
+        generators = np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+        return tensors, (flags, generators, torch.get_default_dtype(), torch.is_grad_enabled())
+
+    before, switches = state()
+    try:
+        VERBS[verb](*pair, torch.randn(24, 3))
+    except RuntimeError as error:
+        assert "stop here" in str(error)  # noqa: PT017
+    after, found = state()
+    assert found == switches
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
