@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ from pyro_hvae.kernels import (
 from pyro_hvae.kernels.base import join
 from pyro_hvae.nn import MLP, xavier_
 
-__all__ = ["hvae", "ladder_vae", "vae", "vdm"]
+__all__ = ["PairOptions", "hvae", "ladder_vae", "vae", "vdm"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -66,32 +66,53 @@ _LADDER_FLOOR = 0.9
 Hidden = Sequence[int] | Sequence[Sequence[int]]
 
 
+class PairOptions(TypedDict, total=False):
+    """Options of :func:`vae`, :func:`hvae` and :func:`ladder_vae`; those of the likelihood's kernel have no default.
+
+    Attributes:
+        hidden: widths of hidden layers, (200, 200) by default: one sequence for all layers, or one for each layer, from
+            z_1 upwards.  q(z_t | z_{t-1}) has those of layer t, and p(z_{t-1} | z_t) has them reversed.
+        likelihood: ``"bernoulli"`` (the default), ``"gaussian"``, ``"discretized_logistic"``, ``"poisson"``,
+            ``"negative_binomial"`` or ``"categorical"`` (integers below ``num_categories``).
+        activation: ``"tanh"`` (the default), ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"silu"`` or
+            ``"softplus"``.
+        scale: the map from a network's output to a standard deviation, ``"softplus"`` (the default) or ``"exp"``.
+        context_dim: width of the context of both programs, 0 (the default) for none.
+        num_bins, low, high: of ``"discretized_logistic"``.
+        num_categories: of ``"categorical"``.
+        min_scale: of ``"gaussian"``.
+    """
+
+    hidden: Hidden
+    likelihood: str
+    activation: str
+    scale: str
+    context_dim: int
+    num_bins: int
+    low: float
+    high: float
+    num_categories: int
+    min_scale: float
+
+
+_DEFAULTS: dict[str, Any] = {
+    "hidden": (200, 200),
+    "likelihood": "bernoulli",
+    "activation": "tanh",
+    "scale": "softplus",
+    "context_dim": 0,
+}
+
+
 def vae(
-    event_shape: int | Sequence[int],
-    latent_dim: int,
-    *,
-    hidden: Hidden = (200, 200),
-    likelihood: str = "bernoulli",
-    activation: str = "tanh",
-    scale: str = "softplus",
-    context_dim: int = 0,
-    **likelihood_options: Any,
+    event_shape: int | Sequence[int], latent_dim: int, **options: Unpack[PairOptions]
 ) -> tuple[TopDown, BottomUp]:
-    """Variational auto-encoder: p(z_1) p(x | z_1) and q(z_1 | x).
+    """Return variational auto-encoder: p(z_1) p(x | z_1) and q(z_1 | x).
 
     Args:
         event_shape: shape of one datum; a number is a width.
         latent_dim: width of z_1.
-        hidden: widths of the hidden layers of the encoder; the decoder has them reversed.
-        likelihood: ``"bernoulli"``, ``"gaussian"``, ``"discretized_logistic"``, ``"poisson"``,
-            ``"negative_binomial"`` or ``"categorical"`` (integers below ``num_categories``).
-        activation: ``"tanh"``, ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"silu"`` or
-            ``"softplus"``.
-        scale: how Gaussian kernels turn a network's output into a standard deviation, ``"softplus"`` or
-            ``"exp"``.
-        context_dim: width of the context that both programs are to be called with; 0 for none.
-        **likelihood_options: passed on to the likelihood's kernel: ``num_bins``, ``low``, ``high``;
-            ``num_categories``; ``min_scale``.
+        options: see :class:`PairOptions`; ``hidden`` is one sequence of widths.
 
     Returns:
         Model and guide.
@@ -106,35 +127,18 @@ def vae(
         >>> model(size=3).shape
         torch.Size([3, 1, 8, 8])
     """
-    args = {**locals(), **likelihood_options}
-    del args["likelihood_options"]
-    model, guide = _pair("vae", args, [latent_dim], BottomUp)
-    return model, guide
+    return _pair("vae", {"event_shape": event_shape, "latent_dim": latent_dim, **options}, [latent_dim], BottomUp)
 
 
 def hvae(
-    event_shape: int | Sequence[int],
-    latent_dims: Sequence[int],
-    *,
-    hidden: Hidden = (200, 200),
-    likelihood: str = "bernoulli",
-    activation: str = "tanh",
-    scale: str = "softplus",
-    context_dim: int = 0,
-    **likelihood_options: Any,
+    event_shape: int | Sequence[int], latent_dims: Sequence[int], **options: Unpack[PairOptions]
 ) -> tuple[TopDown, BottomUp]:
-    """Markovian hierarchical VAE (seed eq. 15 and 17).
+    """Return markovian hierarchical VAE (seed eq. 15 and 17).
 
     Args:
         event_shape: shape of one datum; a number is a width.
         latent_dims: widths of z_1, ..., z_T, from the data upwards.
-        hidden: widths of hidden layers, for all layers alike or one sequence a layer, from z_1 upwards: q(z_t
-            | z_{t-1}) has those of layer t, and p(z_{t-1} | z_t) has them reversed.
-        likelihood: as in :func:`vae`.
-        activation: as in :func:`vae`.
-        scale: as in :func:`vae`.
-        context_dim: as in :func:`vae`.
-        **likelihood_options: as in :func:`vae`.
+        options: see :class:`PairOptions`.
 
     Returns:
         Model and guide.
@@ -149,23 +153,13 @@ def hvae(
         >>> guide(model(size=3))["z2"].shape
         torch.Size([3, 4])
     """
-    args = {**locals(), **likelihood_options}
-    del args["likelihood_options"]
-    return _pair("hvae", args, latent_dims, BottomUp)
+    return _pair("hvae", {"event_shape": event_shape, "latent_dims": latent_dims, **options}, latent_dims, BottomUp)
 
 
 def ladder_vae(
-    event_shape: int | Sequence[int],
-    latent_dims: Sequence[int],
-    *,
-    hidden: Hidden = (200, 200),
-    likelihood: str = "bernoulli",
-    activation: str = "tanh",
-    scale: str = "softplus",
-    context_dim: int = 0,
-    **likelihood_options: Any,
+    event_shape: int | Sequence[int], latent_dims: Sequence[int], **options: Unpack[PairOptions]
 ) -> tuple[TopDown, Ladder]:
-    """Ladder VAE: the model of :func:`hvae` with a guide that runs top-down (:class:`~pyro_hvae.chains.Ladder`).
+    """Return ladder VAE: the model of :func:`hvae` with a guide that runs top-down (:class:`~pyro_hvae.chains.Ladder`).
 
     Layer t of the upward pass has the hidden widths of layer t, its features d_t the last of them, and a linear head.
 
@@ -176,12 +170,7 @@ def ladder_vae(
     Args:
         event_shape: as in :func:`hvae`.
         latent_dims: as in :func:`hvae`.
-        hidden: as in :func:`hvae`, with at least one width a layer.
-        likelihood: as in :func:`vae`.
-        activation: as in :func:`vae`.
-        scale: as in :func:`vae`.
-        context_dim: as in :func:`vae`.
-        **likelihood_options: as in :func:`vae`.
+        options: see :class:`PairOptions`; ``hidden`` needs at least one width a layer.
 
     Returns:
         Model and guide. The guide holds the model and owns the evidence networks only.
@@ -198,13 +187,15 @@ def ladder_vae(
         >>> list(guide(model(size=3)))
         ['z2', 'z1']
     """
-    args = {**locals(), **likelihood_options}
-    del args["likelihood_options"]
+    args = {"event_shape": event_shape, "latent_dims": latent_dims, **options}
     return _pair("ladder_vae", args, latent_dims, Ladder)
 
 
 def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type) -> tuple[TopDown, Any]:
     """Build model and guide; the order of the networks is the same for each family of guides."""
+    sizes = ("event_shape", "latent_dim", "latent_dims")
+    shapes: dict[str, Any] = {name: args.pop(name) for name in sizes if name in args}
+    args = {**shapes, **_DEFAULTS, **args}
     dims = list(dims)
     if not dims or min(dims) < 1:
         raise ValueError(f"latent_dims holds the widths of z_1, ..., z_T, at least one and each >= 1; got {dims}.")
@@ -215,21 +206,7 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
     likelihood, count = _choose("likelihood", args["likelihood"], LIKELIHOODS)
     hidden = _layers(args["hidden"], len(dims))
     context = args["context_dim"]
-    options = {
-        key: value
-        for key, value in args.items()
-        if key
-        not in (
-            "event_shape",
-            "latent_dim",
-            "latent_dims",
-            "hidden",
-            "likelihood",
-            "activation",
-            "scale",
-            "context_dim",
-        )
-    }
+    options = {name: value for name, value in args.items() if name not in shapes and name not in _DEFAULTS}
     scale = args["scale"]
 
     def net(before: int | tuple[int, ...], after: int | tuple[int, ...], widths: Sequence[int]) -> nn.Module:
@@ -293,7 +270,7 @@ class Folded(nn.Module):
         self.after = (after,) if isinstance(after, int) else after
 
     def forward(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """(..., *before) and (..., c) to (..., *after)."""
+        """Return (..., *before) and (..., c) to (..., *after)."""
         value = value.reshape(*value.shape[: value.dim() - len(self.before)], math.prod(self.before))
         output = self.net(value if context is None else join(value, context))
         return output.reshape(*output.shape[:-1], *self.after)
@@ -352,7 +329,7 @@ def vdm(
     parameterisation: str = "eps",
     reverse_variance: ReverseVariance | None = None,
 ) -> tuple[DenoisingChain, Diffusion]:
-    """A variational diffusion model: a denoising chain, and the noising process as its guide.
+    """Return a variational diffusion model: a denoising chain, and the noising process as its guide.
 
     Args:
         denoiser: module called with (z, gamma), or (z, gamma, context).

@@ -243,7 +243,7 @@ class TestDiscrete:
     def test_refuses(self):
         with pytest.raises(ValueError, match=r"probs must have shape \(3, 2\), got \(2,\)"):
             Transition(2, 3, probs=torch.ones(2) / 2)
-        with pytest.raises(ValueError, match="can't begin a chain"):
+        with pytest.raises(ValueError, match="can't start a chain"):
             Transition(2, 3)(None)
         with pytest.raises(ValueError, match="numbers of states must be >= 1"):
             Transition(0)

@@ -76,7 +76,7 @@ def fill_value(site: str, base: TorchDistribution, x: Tensor) -> Tensor:
         return transform_to(support)(x.new_zeros(tuple(base.event_shape)))
     except NotImplementedError:
         raise ValueError(
-            f"no value to fill missing data with is known for the support {support} of {site!r} "
+            f"there is no default value for missing data on the support {support} of {site!r} "
             f"({type(base).__name__}). Fill x with any value of the support, and pass mask through "
             "poutine.mask."
         ) from None

@@ -1,8 +1,8 @@
 """The command line: ``pyro-hvae demo | fit | evaluate | sample | diagnose``.
 
-Every verb is a function of :mod:`pyro_hvae.cli.verbs`; its arguments become flags, and entries of a YAML file given by
-``--config``. An invalid input gives one line on standard error and exit code 2; with ``--debug``
-anywhere on the line, the traceback.
+Every verb is a function of :mod:`pyro_hvae.cli.verbs`; its arguments become flags, and entries of a YAML file
+(``--config``). An invalid input gives one line on standard error and exit code 2; with ``--debug`` anywhere on
+the line, the traceback.
 """
 
 from __future__ import annotations

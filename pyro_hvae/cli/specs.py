@@ -155,7 +155,7 @@ def load_data(spec: str) -> tuple[Any, Any]:
 
 
 def thresholded(data: Any, threshold: float) -> Any:
-    """Return binarise the first tensor of the data, or ``x`` of a dict, by a threshold."""
+    """Binarise the first tensor of the data, or ``x`` of a dict, by a threshold."""
     return _first(data, lambda x: binarize(x, threshold=threshold))
 
 

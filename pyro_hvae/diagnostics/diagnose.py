@@ -39,9 +39,7 @@ def diagnose(
     *args: Any,
     num_draws: int = 1000,
     calibration: bool = False,
-    evidence: bool = False,
-    num_chains: int = 16,
-    betas: int = 100,
+    evidence: bool | Mapping[str, Any] = False,
     **kwargs: Any,
 ) -> Report:
     r"""Report the reliability of a posterior: of its draws, and of its weighted draws.
@@ -59,8 +57,8 @@ def diagnose(
             opened from a file; its groups decide which checks run.
         num_draws: S >= 100 draws of the guide; a tree has its own.
         calibration: also simulate data and test the ranks; for amortised guides.
-        evidence: also bracket log p(x) by annealing both ways, at the cost of ``num_chains`` chains of ``betas``
-            temperatures a datum, from the guide, or from the prior where the guide has auxiliary variables.
+        evidence: also bracket log p(x) by :func:`pyro_hvae.evidence_sandwich`, from the guide, or from the prior where
+            the guide has auxiliary variables; a mapping has its options, such as ``{"num_chains": 8, "betas": 50}``.
 
     Returns:
         :class:`~pyro_hvae.diagnostics.Report`, findings ordered from the worst.
@@ -103,7 +101,7 @@ def diagnose(
             numbers["calibration"] = ranks.failures()
             findings += word.calibration_findings(ranks)
         if evidence:
-            findings.append(_bracket(first, numbers, {"num_chains": num_chains, "betas": betas}))
+            findings.append(_bracket(first, numbers, evidence if isinstance(evidence, Mapping) else {}))
     return _report(findings, numbers)
 
 
@@ -254,7 +252,7 @@ def _predictive(tree: Any, numbers: Numbers) -> list[Finding]:
 
 def _khats_of_draws(khats: Any) -> Any:
     """Return k-hats of whole draws: of each datum if the data share no latent."""
-    return khats["per_datum"] if "per_datum" in khats and not khats.attrs["given"] else khats["joint"]
+    return khats["per_datum"] if "per_datum" in khats and not khats.attrs["conditioned_on"] else khats["joint"]
 
 
 def _weighted_replicates(tree: Any) -> Any:
@@ -339,11 +337,11 @@ def _layers(problem: Problem, numbers: Numbers) -> list[Finding]:
     return word.layer_findings(numbers["layers"])
 
 
-def _bracket(problem: Problem, numbers: Numbers, options: Mapping[str, int]) -> Finding:
+def _bracket(problem: Problem, numbers: Numbers, options: Mapping[str, Any]) -> Finding:
     structure = problem.structure
     computed = {name for name in structure.latent if structure.sites[name].guide_distribution == "Delta"}
     # Annealing can't start from a guide with auxiliary variables that are not the latents in other coordinates.
     base = "prior" if structure.auxiliary and computed != set(structure.latent) else None
-    bracket = evidence_sandwich(problem, base=base, **options)
+    bracket = evidence_sandwich(problem, **{"base": base, **options})
     numbers["evidence"] = {"lower": bracket.lower, "upper": bracket.upper}
     return word.bracket_finding(bracket, numbers["elbo"], "nats a datum" if structure.common else "nats")

@@ -90,7 +90,7 @@ def khat_findings(hats: KHats) -> list[Finding]:
     findings = []
     if hats.per_datum is not None:
         findings.append(_of_each_datum(hats))
-    if hats.per_datum is None or hats.given:
+    if hats.per_datum is None or hats.conditioned_on:
         findings.append(_of_all(hats))
     return findings + _layers_by_khat(hats)
 
@@ -98,7 +98,7 @@ def khat_findings(hats: KHats) -> list[Finding]:
 def _of_each_datum(hats: KHats) -> Finding:
     assert hats.per_datum is not None
     flagged, total = int((hats.per_datum > hats.good).sum()), hats.per_datum.numel()
-    held = f" given {', '.join(hats.given)}" if hats.given else ""
+    held = f" given {', '.join(hats.conditioned_on)}" if hats.conditioned_on else ""
     median = hats.number(float(hats.per_datum.median()))
     what = f"k-hat of each datum{held}: {flagged} of {total} above {hats.good:.2f}, median {median}"
     if not flagged:

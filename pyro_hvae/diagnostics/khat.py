@@ -48,7 +48,7 @@ class KHats:
         per_layer: by site in the guide's order, of that layer and those drawn after it: of each datum for a layer
             that is local to one, of shape ``()`` for another.
         plates: names of the dims of ``per_datum``.
-        given: sites that ``per_datum`` holds at one draw, the global latents.
+        conditioned_on: sites that ``per_datum`` holds at one draw, the global latents.
         num_draws: S.
         good: largest reliable k-hat of so many draws.
         exact: whether the weights of all latents are equal, at each datum.
@@ -58,7 +58,7 @@ class KHats:
     per_datum: Tensor | None
     per_layer: Mapping[str, Tensor]
     plates: tuple[str, ...]
-    given: tuple[str, ...]
+    conditioned_on: tuple[str, ...]
     num_draws: int
     good: float
     exact: bool = False
@@ -90,13 +90,14 @@ class KHats:
         if self.per_layer:
             layers = xr.broadcast(*(array(value) for value in self.per_layer.values()))
             arrays["per_layer"] = xr.concat(layers, "layer").assign_coords(layer=list(self.per_layer))
-        attrs = {"num_draws": self.num_draws, "good_k": self.good, "given": ", ".join(self.given)}
+        attrs = {"num_draws": self.num_draws, "good_k": self.good, "conditioned_on": ", ".join(self.conditioned_on)}
         return xr.Dataset(arrays, attrs=attrs)
 
     def __str__(self) -> str:
         rows = {"joint": self.joint}
         if self.per_datum is not None:
-            rows["each datum" + (f" | {', '.join(self.given)}" if self.given else "")] = self.per_datum
+            condition = f" | {', '.join(self.conditioned_on)}" if self.conditioned_on else ""
+            rows["each datum" + condition] = self.per_datum
         rows |= {f"{name} and after": value for name, value in self.per_layer.items()}
         width = max(map(len, rows))
         head = f"Pareto k-hat of {self.num_draws} draws; above {self.good:.2f} the draws can't be corrected by weights"
@@ -203,7 +204,7 @@ def khats_of_weights(weights: LayerWeights, everything: Tensor, layers: Sequence
         per_datum=per_datum,
         per_layer=per_layer,
         plates=tuple(plate.name for plate in data) if local else (),
-        given=tuple(_label(structure, name) for name in drawn if name in outside),
+        conditioned_on=tuple(_label(structure, name) for name in drawn if name in outside),
         num_draws=weights.num_draws,
         good=good_khat(weights.num_draws),
         exact=_equal(everything),
@@ -224,7 +225,7 @@ def khats_of_tree(tree: Any) -> KHats:
         per_datum=pareto_khat(weights) if local else None,
         per_layer={},
         plates=tuple(str(dim) for dim in values.dims[2:]),
-        given=(),
+        conditioned_on=(),
         num_draws=len(weights),
         good=good_khat(len(weights)),
         exact=_equal(weights),

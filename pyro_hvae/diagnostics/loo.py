@@ -57,7 +57,7 @@ were still fitted to the datum: use held-out data, :func:`held_out`.
 | rhat, rhat_nested,          | across several guides, as a comparison of the runs; of one guide they say nothing      |
 | plot_rank, plot_rank_dist   |                                                                                        |
 +-----------------------------+----------------------------------------------------------------------------------------+
-| ess, mcse, thin, plot_ess,  | run, to no purpose: that the draws are independent is known                            |
+| ess, mcse, thin, plot_ess,  | run, without use: the draws are independent                                            |
 | plot_mcse, plot_autocorr,   |                                                                                        |
 | plot_trace, plot_trace_dist |                                                                                        |
 +-----------------------------+----------------------------------------------------------------------------------------+

@@ -169,20 +169,20 @@ class DenoisingChain(TopDown):
         return convert(output, z, gamma, source=self.parameterisation, target=target)
 
     def transition(self, s: Tensor, t: Tensor, z_t: Tensor, context: Any = None) -> TorchDistribution:
-        """p(z_s | z_t) for times s < t."""
+        """Return p(z_s | z_t) for times s < t."""
         return self._transition(Noising(self.schedule(s)), Noising(self.schedule(t)), z_t, context)
 
     def prior(self, like: Tensor) -> TorchDistribution:
-        """p(z_T)."""
+        """Return p(z_T)."""
         zero = like.new_zeros(self.event_shape)
         return dist.Normal(zero, torch.ones_like(zero)).to_event(self.event_dim)
 
     def likelihood(self, z_1: Tensor, context: Any = None) -> TorchDistribution:
-        """p(x | z_1)."""
+        """Return p(x | z_1)."""
         return self.distribution("x", self.x, z_1, context)
 
     def matching(self, s: Tensor | None, t: Tensor, z_t: Tensor, noise: Tensor, context: Any = None) -> Tensor:
-        r"""KL(q(z_s|z_t,x) || p(z_s|z_t)) in closed form, from the noise in z_t; nats (...).
+        r"""Return KL(q(z_s|z_t,x) || p(z_s|z_t)) in closed form, from the noise in z_t; nats (...).
 
         .. math:: \tfrac12\,\mathrm{expm1}(\gamma_t-\gamma_s)\,\|\epsilon-\hat\epsilon\|^2
                   \qquad\text{or, for } s = \text{None, its rate }\ \tfrac12\,\gamma'(t)\,\|\epsilon-\hat\epsilon\|^2;

@@ -44,7 +44,7 @@ def flow_log_likelihood(
     num_steps: int = 400,
     rtol: float | None = None,
 ) -> FlowLikelihood:
-    r"""Log-density of data under the probability-flow ODE.
+    r"""Compute the log-density of data under the probability-flow ODE.
 
     Args:
         model: a denoising chain; ``z`` is at the first level of its schedule.
@@ -74,7 +74,7 @@ def flow_log_likelihood(
     probes = None if num_probes is None else torch.randint(0, 2, (num_probes, *z.shape), device=z.device).to(z) * 2 - 1
 
     def drift(gamma: Tensor, state: Tensor) -> Tensor:
-        """dz / dgamma = -(sigma^2 z - sigma eps) / 2, since d alpha / dgamma = -alpha sigma^2 / 2."""
+        """Return dz / dgamma = -(sigma^2 z - sigma eps) / 2, since d alpha / dgamma = -alpha sigma^2 / 2."""
         level = Noising(gamma)
         eps = model.predict(state, gamma, context, target="eps")
         return -0.5 * level.sigma**2 * state + 0.5 * level.sigma * eps

@@ -25,7 +25,7 @@ PARAMETERISATIONS = ("eps", "x0", "v", "score")
 
 
 def convert(prediction: Tensor, z: Tensor, gamma: Tensor, *, source: str, target: str) -> Tensor:
-    """A prediction of one kind as another.
+    """Convert a prediction of one kind to another.
 
     Args:
         prediction: of the kind ``source``, (..., *event).

@@ -47,12 +47,12 @@ class Noising(NamedTuple):
         return torch.exp(0.5 * F.logsigmoid(self.gamma))
 
     def step_from(self, other: Noising) -> tuple[Tensor, Tensor]:
-        """(alpha_{t|s}, sigma^2_{t|s}) from a lower level s to this one."""
+        """Return (alpha_{t|s}, sigma^2_{t|s}) from a lower level s to this one."""
         log_ratio = F.logsigmoid(-self.gamma) - F.logsigmoid(-other.gamma)
         return torch.exp(0.5 * log_ratio), -torch.expm1(log_ratio)
 
     def posterior_to(self, other: Noising) -> tuple[Tensor, Tensor, Tensor]:
-        """(weight of z_t, weight of x, variance) of q(z_s | z_t, x), from this level t down to s."""
+        """Return (weight of z_t, weight of x, variance) of q(z_s | z_t, x), from this level t down to s."""
         alpha_step, variance_step = self.step_from(other)
         of_z = alpha_step * torch.exp(F.logsigmoid(other.gamma) - F.logsigmoid(self.gamma))
         of_x = other.alpha * variance_step * torch.exp(-F.logsigmoid(self.gamma))
@@ -114,22 +114,22 @@ class Diffusion(PyroModule):
         return self._pyro_name
 
     def gammas(self, like: Tensor) -> Tensor:
-        """gamma of layers 1, ..., T, shape (T,), on the device and of the dtype of ``like``."""
+        """Return gamma of layers 1, ..., T, shape (T,), on the device and of the dtype of ``like``."""
         assert self.num_layers is not None
         return self.schedule(self.schedule.grid(self.num_layers).to(like))
 
     def marginal(self, t: Tensor, x: Tensor) -> TorchDistribution:
-        """q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
+        """Return q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
         level = Noising(self.schedule(t))
         return self._normal(broadcast_level(level.alpha, x, self.event_dim) * x, level.sigma)
 
     def step(self, s: Tensor, t: Tensor, z_s: Tensor) -> TorchDistribution:
-        """q(z_t | z_s) for s < t."""
+        """Return q(z_t | z_s) for s < t."""
         alpha, variance = Noising(self.schedule(t)).step_from(Noising(self.schedule(s)))
         return self._normal(broadcast_level(alpha, z_s, self.event_dim) * z_s, variance.sqrt())
 
     def posterior(self, s: Tensor, t: Tensor, z_t: Tensor, x: Tensor) -> TorchDistribution:
-        """q(z_s | z_t, x) for s < t."""
+        """Return q(z_s | z_t, x) for s < t."""
         of_z, of_x, variance = Noising(self.schedule(t)).posterior_to(Noising(self.schedule(s)))
         loc = broadcast_level(of_z, z_t, self.event_dim) * z_t + broadcast_level(of_x, x, self.event_dim) * x
         return self._normal(loc, variance.sqrt())

@@ -79,7 +79,7 @@ def probability_flow(
     """
 
     def slope(level: Noising, z: Tensor) -> Tensor:
-        """d(z / alpha) / d(sigma / alpha), which is the predicted noise."""
+        """Return d(z / alpha) / d(sigma / alpha), which is the predicted noise."""
         return model.predict(z, level.gamma, context, target="eps")
 
     def step(lower: Noising, upper: Noising, z: Tensor, *_: Any) -> Tensor:
@@ -94,7 +94,7 @@ def probability_flow(
         from torchdiffeq import odeint
 
         def drift(gamma: Tensor, scaled: Tensor) -> Tensor:
-            """d(z / alpha) / dgamma; in gamma, which a solver may step beyond the end of."""
+            """Return d(z / alpha) / dgamma; gamma may lie beyond the end."""
             level = Noising(gamma)
             return 0.5 * torch.exp(0.5 * gamma) * slope(level, scaled * level.alpha)
 

@@ -29,11 +29,11 @@ class Schedule(nn.Module):
     """
 
     def forward(self, t: Tensor) -> Tensor:
-        """gamma at times t of any shape, each in [0, 1]."""
+        """Return gamma at times t of any shape, each in [0, 1]."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward(t).")
 
     def derivative(self, t: Tensor) -> Tensor:
-        """d gamma / dt, of the shape of t; differentiable in the schedule's parameters."""
+        """Return d gamma / dt, of the shape of t; differentiable in the schedule's parameters."""
         keep = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.enable_grad():
             leaf = t.detach().requires_grad_()
@@ -42,7 +42,7 @@ class Schedule(nn.Module):
 
     @contextmanager
     def variance_gradient(self) -> Iterator[Callable[[Tensor], None]]:
-        """Within the context, give the parameters other than the ends the gradient of the estimate's variance.
+        """Give the parameters between the ends the gradient of the estimate's variance, inside of the block.
 
         Yields a function to be called with the terms, of the shape of the times, before the backward pass.  A schedule
         without parameters ignores them.
@@ -50,7 +50,7 @@ class Schedule(nn.Module):
         yield lambda terms: None
 
     def grid(self, num_layers: int) -> Tensor:
-        """Times of layers 1, ..., T: equally spaced from 0 to 1; the single layer of T = 1 is at 1.
+        """Return times of layers 1, ..., T: equally spaced from 0 to 1; the single layer of T = 1 is at 1.
 
         Raises:
             ValueError: for T < 1.
@@ -241,7 +241,7 @@ class LearnedSchedule(Schedule):
         return F.softplus(self.ends[1]) * self._weight_gradient(slope / (whole - start))
 
     def _weight_gradient(self, inside: Tensor) -> Tensor:
-        """Identity in the forward pass; scales the gradient by the terms recorded before the backward pass."""
+        """Return the values; in the backward pass, scale their gradient by the recorded terms."""
         if self._terms is not None and inside.requires_grad:
             recorded = self._terms
 

@@ -55,7 +55,7 @@ class ReverseVariance(nn.Module):
         self.logits = nn.Parameter(torch.zeros(num_points))
 
     def forward(self, gamma: Tensor) -> Tensor:
-        """r at noise levels of any shape."""
+        """Return r at noise levels of any shape."""
         values = torch.sigmoid(self.logits)
         last = values.shape[0] - 1
         place = ((gamma - self.gamma_min) / (self.gamma_max - self.gamma_min) * last).clamp(0, last)

@@ -33,7 +33,7 @@ class Poisson(dist.Poisson):
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Logarithm of the probability of each count, in nats; shape: ``value`` broadcast with the batch."""
+        """Return logarithm of the probability of each count, in nats; shape: ``value`` broadcast with the batch."""
         if self._validate_args:
             self._validate_sample(value)
 
@@ -63,7 +63,7 @@ class NegativeBinomial(dist.NegativeBinomial):
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Logarithm of the probability of each count, in nats; shape: ``value`` broadcast with the batch."""
+        """Return logarithm of the probability of each count, in nats; shape: ``value`` broadcast with the batch."""
         if self._validate_args:
             self._validate_sample(value)
         name = "logits" if "logits" in self.__dict__ else "probs"

@@ -10,7 +10,7 @@ __all__: list[str] = []
 
 @register_kl(MultivariateNormal, Independent)
 def _kl_full_diagonal(p: MultivariateNormal, q: Independent) -> Tensor:
-    """KL(N(m, P) || N(l, diag(s^2))), nats (...)."""
+    """Return KL(N(m, P) || N(l, diag(s^2))), nats (...)."""
     base = q.base_dist
     if not isinstance(base, Normal) or q.reinterpreted_batch_ndims != 1:
         raise NotImplementedError

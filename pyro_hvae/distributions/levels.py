@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
-__all__ = ["BinnedGaussian", "Levels", "check_levels"]
+__all__ = ["BinnedGaussian", "LevelDistribution", "Levels", "check_levels"]
 
 _ROUNDINGS = 16  # distance from a level that is allowed, in rounding errors of the value's dtype
 _LARGEST_TOLERANCE = 0.25  # in steps, for dtypes that barely resolve the levels
@@ -65,7 +65,49 @@ def check_levels(num_bins: int, low: float, high: float) -> None:
         raise ValueError(f"high must be greater than low, got low={low}, high={high}; both must be finite.")
 
 
-class BinnedGaussian(TorchDistribution):
+class LevelDistribution(TorchDistribution):
+    """Base class of distributions on levels; parameters are the tensors that ``arg_constraints`` names."""
+
+    has_enumerate_support = True
+    num_bins: int
+    low: float
+    high: float
+
+    def _set_levels(self, num_bins: int, low: float, high: float) -> None:
+        """Check the levels, and set them."""
+        check_levels(num_bins, low, high)
+        self.num_bins, self.low, self.high = num_bins, float(low), float(high)
+
+    @property
+    def support(self) -> Levels:
+        return Levels(self.num_bins, self.low, self.high)
+
+    @property
+    def step(self) -> float:
+        """Distance of two levels, in the units of x."""
+        return (self.high - self.low) / (self.num_bins - 1)
+
+    def _expanded(self, new: Any, batch_shape: Any) -> Any:
+        """Set the attributes of an expanded instance."""
+        batch_shape = torch.Size(batch_shape)
+        for name in self.arg_constraints:
+            setattr(new, name, getattr(self, name).expand(batch_shape))
+        new.num_bins, new.low, new.high = self.num_bins, self.low, self.high
+        TorchDistribution.__init__(new, batch_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all levels along a new first dim: (num_bins, *batch), or (num_bins, 1, ..., 1) if not ``expand``."""
+        levels = self._levels().reshape((-1,) + (1,) * len(self.batch_shape))
+        return levels.expand((-1, *self.batch_shape)) if expand else levels
+
+    def _levels(self) -> Tensor:
+        like = getattr(self, next(iter(self.arg_constraints)))
+        return self.low + torch.arange(self.num_bins, dtype=like.dtype, device=like.device) * self.step
+
+
+class BinnedGaussian(LevelDistribution):
     r"""Levels with probability in proportion to a Gaussian density.
 
     .. math:: P(x = c_k) = \mathrm{softmax}_k\bigl(-\tfrac12 (c_k - \mu)^2 / \sigma^2\bigr)
@@ -92,7 +134,6 @@ class BinnedGaussian(TorchDistribution):
     """
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
-    has_enumerate_support = True
 
     def __init__(
         self,
@@ -104,31 +145,15 @@ class BinnedGaussian(TorchDistribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        check_levels(num_bins, low, high)
+        self._set_levels(num_bins, low, high)
         self.loc, self.scale = broadcast_all(loc, scale)
-        self.num_bins, self.low, self.high = num_bins, float(low), float(high)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
-    @property
-    def support(self) -> Levels:
-        return Levels(self.num_bins, self.low, self.high)
-
-    @property
-    def step(self) -> float:
-        """Distance of two levels, in the units of x."""
-        return (self.high - self.low) / (self.num_bins - 1)
-
     def expand(self, batch_shape: Any, _instance: Any = None) -> BinnedGaussian:
-        new = self._get_checked_instance(BinnedGaussian, _instance)
-        batch_shape = torch.Size(batch_shape)
-        new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
-        new.num_bins, new.low, new.high = self.num_bins, self.low, self.high
-        super(BinnedGaussian, new).__init__(batch_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+        return self._expanded(self._get_checked_instance(BinnedGaussian, _instance), batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Logarithm of the probability of each level, in nats; shape: ``value`` broadcast with the batch."""
+        """Return logarithm of the probability of each level, in nats; shape: ``value`` broadcast with the batch."""
         if self._validate_args:
             self._validate_sample(value)
         index = ((value - self.low) / self.step).round().clamp(0, self.num_bins - 1).long()
@@ -141,11 +166,6 @@ class BinnedGaussian(TorchDistribution):
             index = torch.distributions.Categorical(logits=self._logits()).sample(torch.Size(sample_shape))
             return self.low + index.to(self.loc.dtype) * self.step
 
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All levels along a new first dim: (num_bins, *batch), or (num_bins, 1, ..., 1) if not ``expand``."""
-        levels = self._levels().reshape((-1,) + (1,) * len(self.batch_shape))
-        return levels.expand((-1, *self.batch_shape)) if expand else levels
-
     @property
     def mean(self) -> Tensor:
         return (self._logits().softmax(-1) * self._levels()).sum(-1)
@@ -153,10 +173,6 @@ class BinnedGaussian(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         return (self._logits().softmax(-1) * (self._levels() - self.mean.unsqueeze(-1)) ** 2).sum(-1)
-
-    def _levels(self) -> Tensor:
-        index = torch.arange(self.num_bins, dtype=self.loc.dtype, device=self.loc.device)
-        return self.low + index * self.step
 
     def _logits(self) -> Tensor:
         return -0.5 * ((self._levels() - self.loc.unsqueeze(-1)) / self.scale.unsqueeze(-1)) ** 2

@@ -9,7 +9,7 @@ bin also take the tails:
     P(x = c_k) = \sigma(b_k) - \sigma(a_k),\qquad a_k = \frac{c_k - \Delta/2 - \mu}{s},\quad b_k = a_k + \Delta/s,
     \qquad a_0 = -\infty,\; b_{n-1} = \infty
 
-The masses telescope, so they sum to one exactly. Far out in a tail both sigmoids round to the same number and the
+The masses telescope, so their sum is one. Far out in a tail both sigmoids round to the same number and the
 logarithm of the difference is lost. It is computed instead from
 
 .. math::
@@ -35,7 +35,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
-from pyro_hvae.distributions.levels import Levels, check_levels
+from pyro_hvae.distributions.levels import LevelDistribution, Levels
 
 __all__ = ["DiscretizedLogistic", "DiscretizedLogisticMixture"]
 
@@ -43,7 +43,7 @@ __all__ = ["DiscretizedLogistic", "DiscretizedLogisticMixture"]
 _LOG_SCALE_LIMIT = 30.0
 
 
-class DiscretizedLogistic(TorchDistribution):
+class DiscretizedLogistic(LevelDistribution):
     r"""Logistic distribution rounded to ``num_bins`` levels, the outer two with the tails.
 
     The equation is in the module's docstring. Not reparameterised: it is meant for observations.
@@ -70,7 +70,6 @@ class DiscretizedLogistic(TorchDistribution):
     """
 
     arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}  # noqa: RUF012
-    has_enumerate_support = True
 
     def __init__(
         self,
@@ -82,37 +81,21 @@ class DiscretizedLogistic(TorchDistribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        check_levels(num_bins, low, high)
+        self._set_levels(num_bins, low, high)
         self.loc, self.log_scale = broadcast_all(loc, log_scale)
-        self.num_bins, self.low, self.high = num_bins, float(low), float(high)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
-    @property
-    def support(self) -> Levels:
-        return Levels(self.num_bins, self.low, self.high)
-
-    @property
-    def step(self) -> float:
-        """The distance of two levels, in the units of x."""
-        return (self.high - self.low) / (self.num_bins - 1)
-
     def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretizedLogistic:
-        new = self._get_checked_instance(DiscretizedLogistic, _instance)
-        batch_shape = torch.Size(batch_shape)
-        new.loc, new.log_scale = self.loc.expand(batch_shape), self.log_scale.expand(batch_shape)
-        new.num_bins, new.low, new.high = self.num_bins, self.low, self.high
-        super(DiscretizedLogistic, new).__init__(batch_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+        return self._expanded(self._get_checked_instance(DiscretizedLogistic, _instance), batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The logarithm of the mass of each level, in nats; shape: ``value`` broadcast with the batch."""
+        """Return the logarithm of the mass of each level, in nats; shape: ``value`` broadcast with the batch."""
         if self._validate_args:
             self._validate_sample(value)
         return self._log_masses(((value - self.low) / self.step).round())
 
     def cdf(self, value: Tensor) -> Tensor:
-        """P(X <= value); shape: ``value`` broadcast with the batch."""
+        """Return p(X <= value); shape: ``value`` broadcast with the batch."""
         if self._validate_args:
             self._validate_sample(value)
         index = ((value - self.low) / self.step).round()
@@ -128,12 +111,6 @@ class DiscretizedLogistic(TorchDistribution):
             draw = self.loc + torch.exp(self._log_scale()) * (u.log() - torch.log1p(-u))
             index = ((draw - self.low) / self.step).round().clamp(0, self.num_bins - 1)
             return self.low + index * self.step
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All levels along a new first dim: (num_bins, *batch), or (num_bins, 1, ..., 1) if not ``expand``."""
-        index = torch.arange(self.num_bins, dtype=self.loc.dtype, device=self.loc.device)
-        levels = (self.low + index * self.step).reshape((-1,) + (1,) * len(self.batch_shape))
-        return levels.expand((-1, *self.batch_shape)) if expand else levels
 
     @property
     def mean(self) -> Tensor:
@@ -152,7 +129,7 @@ class DiscretizedLogistic(TorchDistribution):
         return self.log_scale.clamp(-_LOG_SCALE_LIMIT, _LOG_SCALE_LIMIT)
 
     def _log_masses(self, index: Tensor) -> Tensor:
-        """Log-masses of levels by their numbers 0, ..., num_bins - 1."""
+        """Return log-masses of levels by their numbers 0, ..., num_bins - 1."""
         log_scale = self._log_scale()
         lower = (self.low + (index - 0.5) * self.step - self.loc) * torch.exp(-log_scale)
         width = self.step * torch.exp(-log_scale)
@@ -165,7 +142,7 @@ class DiscretizedLogistic(TorchDistribution):
         )
 
     def _masses(self) -> tuple[Tensor, Tensor]:
-        """Masses of all levels along a new last dim (*batch, num_bins), and the levels' numbers (num_bins,)."""
+        """Return masses of all levels along a new last dim (*batch, num_bins), and the levels' numbers (num_bins,)."""
         index = torch.arange(self.num_bins, dtype=self.loc.dtype, device=self.loc.device)
         return self._log_masses(index.reshape((-1,) + (1,) * self.loc.dim())).movedim(0, -1).exp(), index
 
@@ -243,7 +220,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The logarithm of the mass of each level, in nats; shape: ``value`` broadcast with the batch."""
+        """Return the logarithm of the mass of each level, in nats; shape: ``value`` broadcast with the batch."""
         if self._validate_args:
             self._validate_sample(value)
         return (self._log_weights() + self._components.log_prob(value.unsqueeze(-1))).logsumexp(-1)
@@ -256,7 +233,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
             return draws.gather(-1, component.unsqueeze(-1)).squeeze(-1)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All levels along a new first dim: (num_bins, *batch), or (num_bins, 1, ..., 1) if not ``expand``."""
+        """Return all levels along a new first dim: (num_bins, *batch), or (num_bins, 1, ..., 1) if not ``expand``."""
         levels = self._components.enumerate_support(expand=False).squeeze(-1)
         return levels.expand((-1, *self.batch_shape)) if expand else levels
 
@@ -275,7 +252,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
 
 
 def _log1mexp(width: Tensor) -> Tensor:
-    """log(1 - exp(-width)) for width > 0, without cancellation at either end."""
+    """Return log(1 - exp(-width)) for width > 0, without cancellation at either end."""
     small = width < 0.6931472
     # each branch sees only arguments that it can take, so that no gradient is 0 * inf
     near = torch.where(small, width, torch.ones_like(width))

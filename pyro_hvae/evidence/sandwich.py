@@ -42,7 +42,7 @@ class Sandwich:
         return self.upper - self.lower
 
     def __str__(self) -> str:
-        kind = "a bound in expectation" if self.upper_is_bound else "an estimate, since no posterior draws were given"
+        kind = "a bound in expectation" if self.upper_is_bound else "an estimate, without posterior draws"
         return (
             f"log p(x), mean over {self.lower.numel()} data: from {float(self.lower.mean()):.4f} to "
             f"{float(self.upper.mean()):.4f} nats (mean width {float(self.width.mean()):.4f}, largest "

@@ -141,7 +141,7 @@ def checked_start(latents: Latents, start: Mapping[str, Tensor] | None) -> dict[
 
 
 def initialise(guide: ProductGuide, problem: Problem, start: Mapping[str, Tensor], count: int = 200) -> None:
-    """Return initialise the factors around the start, or around the prior's medians on the real line."""
+    """Initialise the factors around the start, or around the prior's medians on the real line."""
     latents = guide.latents
     with torch.no_grad():
         values = draw(problem, latents, count).values

@@ -40,7 +40,7 @@ class Categorical(Kernel):
         net: network to logits (..., *event_shape, C).
         event_dim: dims of one event, not counting the categories: 0 is one variable a datum, with integer
             values.
-        num_categories: C. If given, the network yields (..., d * C), read as (..., d, C) (or (..., C) when
+        num_categories: C. With it, the network yields (..., d * C), read as (..., d, C) (or (..., C) when
             ``event_dim=0``).
         one_hot: values are one-hot vectors (..., *event_shape, C) of floats, which a next kernel's network
             can take, instead of integers (..., *event_shape).
@@ -138,7 +138,7 @@ class Transition(Kernel):
         if self.num_parents is not None:
             if parent is None:
                 raise ValueError(
-                    "Transition with num_parents can't begin a chain: it needs a parent. Start with "
+                    "Transition with num_parents can't start a chain: it needs a parent. Start with "
                     "Transition(num_states)."
                 )
             logits = Vindex(logits)[parent.long()]

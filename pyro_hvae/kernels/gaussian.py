@@ -210,7 +210,7 @@ class LinearGaussian(Kernel):
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """Lower Cholesky factor of a covariance matrix (d, d)."""
+    """Return the lower Cholesky factor of a covariance matrix (d, d)."""
     asymmetry = (covariance - covariance.mT).abs().max()
     if not bool(asymmetry <= 1e-4 * covariance.abs().max()):  # false for NaN too
         raise ValueError(f"covariance must be symmetric and finite; got {covariance.tolist()}.")

@@ -14,7 +14,7 @@ Program = Callable[..., Any]
 
 
 def no_latents(*args: Any, **kwargs: Any) -> None:
-    """Return guide that draws nothing."""
+    """Guide that draws nothing."""
 
 
 def prior_guide(model: Program) -> Program:

@@ -160,7 +160,7 @@ class Problem:
             return Call(self.programs, None, indices=self._indices).traces()
 
     def _derive_structure(self) -> Structure:
-        """Return derive the structure from a run of one particle, with every check."""
+        """Derive the structure from a run of one particle, with every check."""
         naming = EventDims()
         with isolated(self.model, self.guide):
             call = Call(self.programs, None, indices=self._indices, handlers=(naming,), validate=True)
@@ -287,7 +287,7 @@ class Problem:
     def execute(
         self, structure: Structure, num_particles: int, once: frozenset[str] = NO_SITES, draws: Trace | None = None
     ) -> Run:
-        """Return run; repeat the run if the programs have other plates or enumerated sites than expected."""
+        """Run; repeat the run if the programs have other plates or enumerated sites than expected."""
         for _ in range(3):
             call = Call(self.programs, structure, num_particles, once, self._indices)
             model_trace, guide_trace = call.traces(draws)

@@ -1,4 +1,4 @@
-"""Training from scripts: a loop, checkpoints that resume bit for bit, and many processes."""
+"""Training: a loop, checkpoints that resume bit for bit, and many processes."""
 
 from pyro_hvae.training.averages import Averages
 from pyro_hvae.training.callbacks import Callback, EarlyStopping, ProgressBar, TensorBoard

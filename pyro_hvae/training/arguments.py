@@ -14,10 +14,10 @@ __all__ = ["check_batch", "check_bound", "check_counts", "check_data_size", "che
 
 
 def check_bound(bound: Any) -> None:
-    """Refuse what has no loss.
+    """Refuse an object without a loss.
 
     Raises:
-        TypeError: showing what was given.
+        TypeError: with the object.
     """
     if isinstance(bound, type) or not hasattr(bound, "differentiable_loss"):
         what = f"the class {bound.__name__}: call it" if isinstance(bound, type) else repr(bound)
@@ -25,13 +25,13 @@ def check_bound(bound: Any) -> None:
 
 
 def check_counts(*, epochs: Any, steps: Any, seed: Any, **counts: Any) -> None:
-    """Refuse numbers of steps, data and the like that are no integers of at least 1; None passes.
+    """Refuse numbers of steps, data and the like that are no integers of at least 1; None is accepted.
 
     Raises:
         ValueError: naming the argument and its value.
     """
     if (epochs is None) == (steps is None):
-        raise ValueError(f"give exactly one of epochs and steps, got epochs={epochs} and steps={steps}")
+        raise ValueError(f"pass either epochs or steps, got epochs={epochs} and steps={steps}")
     for name, value in {"epochs": epochs, "steps": steps, **counts}.items():
         if value is None:
             continue
@@ -44,7 +44,7 @@ def check_counts(*, epochs: Any, steps: Any, seed: Any, **counts: Any) -> None:
 
 
 def check_switches(compile: Any, **switches: Any) -> None:
-    """Refuse switches that are neither True nor False, which Python would take for one of them.
+    """Refuse switches that are neither True nor False.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -73,22 +73,22 @@ def check_batch(example: Batch) -> None:
     """Refuse a batch without a tensor whose leading dim is that of the data.
 
     Raises:
-        TypeError: with the types that it has.
+        TypeError: with its types.
     """
     if rows_of(*example) is None:
         args, kwargs = example
-        shown = [
+        types = [
             f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             for value in (*args, *kwargs.values())
         ]
         raise TypeError(
-            f"a batch must hold a tensor with the data on its leading dimension; this one holds {shown}. Pass tensors, "
+            f"a batch must hold a tensor with the data on its leading dimension; this one holds {types}. Pass tensors, "
             "or return them from transform="
         )
 
 
 def dtypes_differ(model: Any, guide: Any, example: Batch) -> str:
-    """A sentence about data and parameters of different dtypes; empty if they agree."""
+    """Describe different dtypes of data and parameters; empty if they agree."""
     args, kwargs = example
     modules = [program for program in (model, guide) if isinstance(program, nn.Module)]
     data = {v.dtype for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()}

@@ -16,7 +16,7 @@ class Averages:
     """Running averages of a module's parameters, by torch's own rule.
 
     Args:
-        module: whose parameters are followed.
+        module: whose parameters are averaged.
         decay: d in [0, 1).
 
     Raises:
@@ -42,12 +42,12 @@ class Averages:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present parameters in."""
+        """Update the averages by the present parameters."""
         self._average(list(self.parameters.values()), [p.detach() for p in self._own.values()], None)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The averages in place of the parameters, for as long as it lasts."""
+        """Replace the parameters by the averages inside of the block."""
         self._swap()
         try:
             yield
@@ -57,9 +57,9 @@ class Averages:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._own.items():
-            kept = parameter.detach().clone()
+            value = parameter.detach().clone()
             parameter.copy_(self.parameters[name])
-            self.parameters[name].copy_(kept)
+            self.parameters[name].copy_(value)
 
     def state_dict(self) -> dict[str, object]:
         return {"decay": self.decay, "parameters": self.parameters}

@@ -1,4 +1,4 @@
-"""Check, before the first step, that batches can stand for the whole data, and that likelihoods can take the data."""
+"""Checks before the first step: scales of batches, and observed values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyro_hvae.training.objective import PairObjective, accepts
 __all__ = ["check_data", "require_scale"]
 
 ROWS = 8192
-"""Data that are checked at once."""
+"""Number of data that are checked at once."""
 
 
 def require_scale(objective: PairObjective, example: Batch, batches: Feed, data_size: int | None) -> None:
@@ -39,7 +39,7 @@ def require_scale(objective: PairObjective, example: Batch, batches: Feed, data_
         ValueError: naming the sites.
     """
     rows = rows_of(*example)
-    if rows is None or isinstance(objective.bound, DiffusionELBO):  # which has no latents but the data's own
+    if rows is None or isinstance(objective.bound, DiffusionELBO):  # its latents are local to a datum
         return
     if (batches.batches == 1) if data_size is None else (data_size <= rows):
         return
@@ -65,13 +65,13 @@ def require_scale(objective: PairObjective, example: Batch, batches: Feed, data_
             "at once"
         )
     raise ValueError(
-        f"a batch shows {rows} of {whole} data, and the latent site(s) {outside} stand outside of {where} no scale "
-        f"N/B: fit() would find their posterior given {rows} data. {advice}"
+        f"a batch shows {rows} of {whole} data, and the latent site(s) {outside} are outside of {where} no scale "
+        f"N/B: fit() would fit their posterior given {rows} data. {advice}"
     )
 
 
 def _batch_plates(structure: Structure, rows: int) -> set[Plate]:
-    """Plates around observed sites of as many indices as the batch has rows."""
+    """Return the plates around observed sites whose size is the number of rows of the batch."""
     observed = [structure.sites[name] for name in structure.observed]
     return {
         plate
@@ -83,7 +83,7 @@ def _batch_plates(structure: Structure, rows: int) -> set[Plate]:
 
 
 def _refuse_autoguide(guide: Any, structure: Structure, plates: set[Plate], rows: int) -> None:
-    """Refuse an AutoGuide that would have one set of parameters for whatever rows a batch has."""
+    """Refuse an AutoGuide that would use the same parameters for different rows of the data."""
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
     for part in parts:
         if not isinstance(part, AutoGuide) or isinstance(part, AutoCallable) or part.prototype_trace is None:
@@ -98,7 +98,7 @@ def _refuse_autoguide(guide: Any, structure: Structure, plates: set[Plate], rows
         if local:
             raise ValueError(
                 f"{type(part).__name__} has parameters for {rows} values of the latent site(s) {local}, one for each "
-                "row of a batch, and would use them for whatever rows a batch has. Use a guide that is a function of "
+                "row of a batch, and would use them for every batch. Use a guide that is a function of "
                 "the data (BottomUp, or a network), or pass batch_size=None; programs that draw their own subsample "
                 "take AutoNormal(model, create_plates=...) and batch_size=None"
             )
@@ -107,11 +107,11 @@ def _refuse_autoguide(guide: Any, structure: Structure, plates: set[Plate], rows
 def check_data(
     objective: PairObjective, example: Batch, batches: Feed, transform: Callable[[tuple, dict[str, Any]], Batch] | None
 ) -> None:
-    """Check observed values against what the likelihood can take: NaN, infinities, support.
+    """Check observed values for NaN, infinities and the support of their likelihood.
 
-    A site that observes an argument as it is is checked on the whole data, if these are tensors in memory; one that
-    observes something computed from arguments, a site with a mask, and data that are read batch by batch are checked on
-    the first batch alone.
+    A site that observes an argument is checked on the whole data, if these are tensors in memory.  A site that observes
+    a value computed from arguments, a site with a mask, and data that are read batch by batch are checked on the first
+    batch only.
 
     Args:
         transform: of each batch, or None.
@@ -146,7 +146,7 @@ def check_data(
 
 
 def _pieces(batches: TensorFeed, transform: Any) -> Any:
-    """All data in their order: in large pieces, or batch by batch where a transform may ask for it."""
+    """Yield all data in their order: in large pieces, or batch by batch if there is a transform."""
     size = ROWS if transform is None else batches.batch_size
     for start in range(0, batches.data_size, size):
         rows = slice(start, start + size)

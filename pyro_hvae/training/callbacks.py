@@ -1,4 +1,4 @@
-"""What may be hung into a training run: a few moments, and objects that care about some of them."""
+"""Callback protocol, and callbacks: progress bar, TensorBoard, early stopping."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ __all__ = ["Callback", "EarlyStopping", "ProgressBar", "TensorBoard"]
 
 
 class Callback(Protocol):
-    """The moments of a run.  Any object with some of these methods will do; the others are not called.
+    """Protocol of callbacks.  Any object with some of these methods is one; all methods are optional.
 
     A callback with ``state_dict()`` and ``load_state_dict(state)`` (of plain data and tensors) is saved with each
     checkpoint and restored by ``resume=True``.
     """
 
     def on_start(self, run: Run) -> None:
-        """Before the first step, after a resume."""
+        """Called before the first step, after a resume."""
 
     def on_step(self, run: Run, loss: Any) -> None:
-        """After each step; ``loss`` is a 0-dim tensor, and looking at its value waits for the device."""
+        """Called after each step with its 0-dim loss; reading its value synchronises with the device."""
 
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
-        """When a record was added to the history."""
+        """Called after a record was added to the history."""
 
     def on_epoch(self, run: Run) -> None:
-        """After the last batch of an epoch."""
+        """Called after the last batch of an epoch."""
 
     def on_end(self, run: Run) -> None:
-        """When training is over, for whatever reason."""
+        """Called after training, also after an error."""
 
 
 class ProgressBar:
@@ -49,7 +49,7 @@ class ProgressBar:
         self._bar: Any = None
 
     def on_start(self, run: Run) -> None:
-        # Drawn twice a second: a drawing costs about a millisecond.
+        # Refreshed twice a second: a refresh takes about a millisecond.
         self._bar = tqdm(
             total=self.total, initial=run.step, unit="step", dynamic_ncols=True, leave=True, mininterval=0.5
         )
@@ -59,8 +59,8 @@ class ProgressBar:
 
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
         hidden = {"step", "epoch", "seconds"}
-        shown = {name: f"{value:.4g}" for name, value in record.items() if name not in hidden and value is not None}
-        self._bar.set_postfix(shown, refresh=False)
+        fields = {name: f"{value:.4g}" for name, value in record.items() if name not in hidden and value is not None}
+        self._bar.set_postfix(fields, refresh=False)
 
     def on_end(self, run: Run) -> None:
         if self._bar is not None:
@@ -87,7 +87,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def on_start(self, run: Run) -> None:
-        # What a killed run wrote after its last checkpoint is written again.
+        # A resumed run writes the records after the last checkpoint again.
         self._writer = self._writer_class(str(self.directory), purge_step=run.step + 1 if run.step else None)
 
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
@@ -104,9 +104,9 @@ class EarlyStopping:
     """Stop when a recorded quantity has not improved for a while.
 
     Args:
-        patience: records of it without improvement that are put up with, at least 1.
-        monitor: which quantity, smaller being better.
-        min_delta: what counts as an improvement, in its unit (nats a datum for losses).
+        patience: number of records without improvement before the stop, at least 1.
+        monitor: the quantity; smaller is better.
+        min_delta: smallest improvement, in its unit (nats a datum for losses).
 
     Raises:
         ValueError: for ``patience < 1`` or a negative ``min_delta``; when training starts, if there will be no such

@@ -1,13 +1,13 @@
-"""Checkpoints that survive whatever stops a run.
+"""Checkpoints, written atomically.
 
 A run directory holds::
 
-    config.json                     how to build the programs again, and what they were trained with
+    config.json                     how to build the programs again, and the arguments of fit
     history.jsonl                   one record a line
     checkpoints/step-00001200/      weights.safetensors, state.pt
     checkpoints/best/               the same, at the best validation loss
 
-A checkpoint is written into a temporary directory, forced to the disk, and renamed: it is there whole or not at all.
+A checkpoint is written into a temporary directory, forced to the disk, and renamed, so no partial one remains.
 Weights are plain tensors; ``state.pt`` (optimiser, schedules, averages, position in the data, generators) is read
 with ``weights_only``, so that no checkpoint can run code.
 """
@@ -49,7 +49,7 @@ WEIGHTS, STATE, CONFIG = "weights.safetensors", "state.pt", "config.json"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint, is damaged, or belongs to another architecture."""
+    """Error: a file is no checkpoint, is damaged, or belongs to another architecture."""
 
 
 def save(
@@ -81,8 +81,8 @@ def save(
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest(directory)
-        survivor = f"the last good one is {last}" if last else "there is none before it"
-        raise OSError(f"could not write checkpoint {target}: {error}; {survivor}") from error
+        earlier = f"the last good one is {last}" if last else "there is none before it"
+        raise OSError(f"could not write checkpoint {target}: {error}; {earlier}") from error
     if keep is not None:
         for old in checkpoints(directory)[:-keep]:
             aside = directory / f".{old.name}.old-{os.getpid()}"
@@ -92,7 +92,7 @@ def save(
 
 
 def tidy(directory: Path) -> None:
-    """Finish what an earlier run was killed in: bring back a checkpoint set aside, remove half-written ones."""
+    """Clean up after a killed run: restore a renamed checkpoint, remove partial ones."""
     if not directory.is_dir():
         return
     for path in directory.iterdir():
@@ -101,26 +101,27 @@ def tidy(directory: Path) -> None:
             continue
         target = directory / match[1]
         replaced = match[1] == "best" or not checkpoints(directory) or match[1] > checkpoints(directory)[-1].name
-        if match[2] == "old" and replaced and not target.exists():  # killed between setting it aside and replacing it
+        if match[2] == "old" and replaced and not target.exists():  # killed between the two renames
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The numbered checkpoints of a run, oldest first."""
+    """Return the numbered checkpoints of a run, oldest first."""
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def latest(directory: Path) -> Path | None:
-    found = checkpoints(directory)
-    return found[-1] if found else None
+    """Return the newest numbered checkpoint, or None."""
+    numbered = checkpoints(directory)
+    return numbered[-1] if numbered else None
 
 
 def _pack(weights: Mapping[str, Tensor]) -> bytes:
-    """Safetensors of the distinct tensors; further names of the same one go into the metadata."""
+    """Serialise the distinct tensors; further names of the same tensor go into the metadata."""
     unique: dict[str, Tensor] = {}
     names: dict[tuple, str] = {}
     aliases: dict[str, str] = {}
@@ -150,7 +151,7 @@ def _sync(directory: Path) -> None:
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under all their names.
+    """Read the tensors of a checkpoint under all their names.
 
     Raises:
         CheckpointError: naming the file, if it is missing, truncated or something else.
@@ -170,7 +171,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state of a checkpoint.
+    """Read the trainer's state of a checkpoint.
 
     Raises:
         CheckpointError: naming the file, if it is missing, truncated or something else.
@@ -180,7 +181,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {checkpoint} is not a checkpoint of a training run") from None
-    except Exception as error:  # torch raises half a dozen types here
+    except Exception as error:  # torch raises many types
         raise CheckpointError(f"{path} is truncated or no trainer state ({type(error).__name__}: {error})") from error
     if not isinstance(state, dict) or "step" not in state:
         raise CheckpointError(f"{path} holds no trainer state")
@@ -191,7 +192,7 @@ def restore_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Pa
     """Copy weights into a module; nothing is changed unless every name and shape fits.
 
     Raises:
-        CheckpointError: naming the file and what does not fit.
+        CheckpointError: naming the file and the differences.
     """
     own = module.state_dict()
     missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
@@ -219,7 +220,7 @@ def _few(names: list[str], most: int = 4) -> str:
 
 
 def generators() -> dict[str, Any]:
-    """The state of every random number generator that a step may draw from."""
+    """Return the states of torch's, numpy's and Python's random number generators."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     state: dict[str, Any] = {
@@ -233,7 +234,7 @@ def generators() -> dict[str, Any]:
 
 
 def restore_generators(state: Mapping[str, Any]) -> None:
-    """Undo of :func:`generators`."""
+    """Restore the states that :func:`generators` returned."""
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
@@ -252,10 +253,10 @@ def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The config of a run directory.
+    """Read the config of a run directory.
 
     Raises:
-        CheckpointError: if there is none, or a newer one than this version knows.
+        CheckpointError: if there is none, or one of another format.
     """
     path = run_dir / CONFIG
     try:

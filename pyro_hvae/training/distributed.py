@@ -1,26 +1,26 @@
 """Many processes: data in parallel by lightning-fabric, through the wrapped objective.
 
-Each process sees its share of each batch; the wrapped module averages the gradients.  The objective is divided by
-the number of data, so the average over shares of equal size is the gradient of the joined batch, where the sum that
-Pyro's loss is would have to be summed.  After the programs are built the noise is seeded for each rank; before, all
-ranks must build the same programs (Fabric broadcasts rank 0's parameters).
+Each process gets its share of each batch; the wrapped module averages the gradients.  The objective is divided by
+the number of data, so the average over shares of equal size is the gradient of the joined batch.  After
+the programs are built the noise is seeded for each rank; before, all ranks must build the same programs (Fabric
+broadcasts rank 0's parameters).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from pyro_hvae.training.checkpoint import generators, restore_generators
+from pyro_hvae.training.feed import mixed_seed
 
 __all__ = ["Ranks", "seed_rank"]
 
 
 class Ranks:
-    """What a run asks of the other processes; nothing, if there are none.
+    """Collectives; no-ops on one process.
 
     Args:
         fabric: a ``lightning_fabric.Fabric``, launched, or None.
@@ -43,17 +43,12 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         return flag if self.world_size == 1 else self.mean(float(flag)) > 0
 
-    def highest(self, value: int) -> int:
-        if self.world_size == 1:
-            return value
-        return int(self.fabric.all_gather(torch.tensor(value)).max())
-
     def barrier(self) -> None:
         if self.world_size > 1:
             self.fabric.barrier()
 
     def gather_generators(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        """The state of every rank's generators, in order of rank."""
+        """Return the state of every rank's generators, in order of rank."""
         if self.world_size == 1:
             return [state]
         gathered: list[Any] = [None] * self.world_size
@@ -61,7 +56,7 @@ class Ranks:
         return gathered
 
     def own_generators(self, states: list[dict[str, Any]], seed: int, step: int) -> dict[str, Any]:
-        """This rank's state; a new one, the same for all resumes, where the number of ranks has changed."""
+        """Return this rank's state; a new one derived from the seed, if the number of ranks has changed."""
         if len(states) == self.world_size:
             return states[self.rank]
         before = generators()
@@ -71,7 +66,7 @@ class Ranks:
         return fresh
 
     def setup(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """The objective and optimiser as Fabric wraps them."""
+        """Return objective and optimiser, wrapped by Fabric."""
         if self.fabric is None:
             return objective, optimizer
         return self.fabric.setup(objective, optimizer)
@@ -79,5 +74,4 @@ class Ranks:
 
 def seed_rank(seed: int, rank: int, step: int = 0) -> None:
     """Seed torch's generator differently on each rank."""
-    mixed = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(mixed >> np.uint64(1)))
+    torch.manual_seed(mixed_seed(seed, rank, step))

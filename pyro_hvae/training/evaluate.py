@@ -1,4 +1,4 @@
-"""Bounds on data without training: evaluation mode, fixed noise, generators put back."""
+"""Bounds on data without training: evaluation mode, fixed noise, generators restored."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pyro_hvae.training.objective import PairObjective
 __all__ = ["evaluate_batch", "evaluating", "validation_record"]
 
 QUALITY = ("ess", "log_weight_variance")
-"""Terms that tell of the weights, and are no part of a bound in nats."""
+"""Terms that are diagnostics of weights, and no part of a bound in nats."""
 
 
 @contextmanager
 def evaluating(objective: PairObjective, seed: int | None = None) -> Iterator[None]:
-    """No gradient, evaluation mode, and generators that are put back.
+    """Switch to evaluation mode without gradients; restore the generators afterwards.
 
     Args:
-        seed: of torch's, numpy's and Python's generators; None draws from where they stand.
+        seed: of torch's, numpy's and Python's generators; None keeps their state.
     """
     with RUNNING, torch.no_grad(), kept_generators(), evaluation_mode(objective):
         if seed is not None:
@@ -39,24 +39,24 @@ def evaluating(objective: PairObjective, seed: int | None = None) -> Iterator[No
 def evaluate_batch(
     objective: PairObjective, args: tuple, kwargs: Mapping[str, Any], *, check: bool = True
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and the terms of a batch from one run, 0-dim, in nats a datum.
+    """Return the loss and the terms of a batch from one run, 0-dim, in nats a datum.
 
-    The loss is that of the unweighted bound where the objective is none: minus the bound, and for CUBO and EUBO the
-    estimate itself, so that smaller is better.  It runs in :func:`evaluating`.
+    The loss is minus the unweighted bound, and for CUBO and EUBO the estimate: smaller is better.  Call it inside of
+    :func:`evaluating`.
 
     Args:
-        check: check observed values against what the likelihood can take.
+        check: check observed values against the support of their likelihood.
     """
     problem, bound = objective.problem(args, kwargs, training=not check), objective.bound
     if not hasattr(bound, "evaluate"):
         loss = torch.as_tensor(objective.loss(problem))
         return loss / objective.count(problem), {}
-    found = bound.evaluate(problem)
+    evaluation = bound.evaluate(problem)
     count = objective.count(problem)
-    total = found.total() if bound.from_above else -found.total()
+    total = evaluation.total() if bound.from_above else -evaluation.total()
     terms = {
-        name: term.mean() if name in QUALITY else term.sum() * found.scale / count
-        for name, term in found.terms.items()
+        name: term.mean() if name in QUALITY else term.sum() * evaluation.scale / count
+        for name, term in evaluation.terms.items()
     }
     return total / count, terms
 
@@ -69,7 +69,7 @@ def validation_record(
     seed: int = 0,
     check: bool = True,
 ) -> dict[str, float]:
-    """``validation_loss`` and ``validation_<term>``, averaged over held-out data, in nats a datum.
+    """Return ``validation_loss`` and ``validation_<term>``, averaged over held-out data, in nats a datum.
 
     Args:
         seed: of the noise.

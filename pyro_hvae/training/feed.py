@@ -1,7 +1,7 @@
-"""Batches for training, in an order that a resumed run can find again.
+"""Batches for training, in an order that a resumed run repeats.
 
 The order of an epoch is a function of (seed, epoch), not of the state of a generator: a run that resumes at epoch e,
-batch b, or on another number of processes, sees what the run never interrupted would have seen.
+batch b, or on another number of processes, gets the same batches as a run without interruption.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-__all__ = ["Batch", "Feed", "IterableFeed", "TensorFeed", "as_batch", "feed", "rows_of"]
+__all__ = ["Batch", "Feed", "IterableFeed", "TensorFeed", "as_batch", "feed", "mixed_seed", "rows_of"]
 
 Batch = tuple[tuple, dict[str, Any]]
 """Positional and keyword arguments of the programs."""
 
 
 class Feed:
-    """Where batches come from.
+    """Source of batches.
 
     Attributes:
-        data_size: N, how many data there are; None if unknown.
-        batches: how many batches an epoch has; None if unknown.
+        data_size: N, the number of data; None if unknown.
+        batches: the number of batches of an epoch; None if unknown.
     """
 
     data_size: int | None = None
     batches: int | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number ``start`` on."""
+        """Yield the batches of an epoch from number ``start`` on."""
         raise NotImplementedError
 
     def example(self) -> Batch:
-        """A first batch to look at; nothing is used up, and no generator moves."""
+        """Return a first batch, without consuming it or advancing a generator."""
         with torch.random.fork_rng():
             for batch in self.epoch(0):
                 return batch
         raise ValueError("the data has no batch: there is nothing to train on")
 
     def shard(self, rank: int, world_size: int) -> Feed:
-        """The part of each batch that process ``rank`` of ``world_size`` sees."""
+        """Return the feed of process ``rank`` of ``world_size``: its part of each batch."""
         raise NotImplementedError
 
     def state_dict(self) -> Any:
-        """What the source itself remembers, if anything; (epoch, batch) is all there is to know of the others."""
+        """Return the state of the source, if it has one; the state of others is (epoch, batch)."""
         return None
 
     def load_state_dict(self, state: Any) -> None:
-        """Put the source back, so that the next ``epoch()`` goes on after the batch last handed out."""
+        """Restore the source, so that the next ``epoch()`` continues after the last batch."""
 
 
 class TensorFeed(Feed):
@@ -78,7 +78,7 @@ class TensorFeed(Feed):
     ) -> None:
         args, kwargs = tensors
         if any(value.ndim == 0 for value in (*args, *kwargs.values())):
-            raise ValueError("the data have N as their leading dimension, and a tensor of it has no dimension at all")
+            raise ValueError("the data have N as their leading dimension, and one of the tensors has no dimension")
         sizes = {len(value) for value in (*args, *kwargs.values())}
         if len(sizes) != 1:
             raise ValueError(f"the tensors of the data have different leading sizes: {sorted(sizes)}")
@@ -91,7 +91,7 @@ class TensorFeed(Feed):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.args, self.kwargs = args, kwargs
         self.batch_size = self.data_size if batch_size is None else min(batch_size, self.data_size)
-        # All data at once stay in their order, which may mean something: a series in time.
+        # All data at once keep their order: they may be a time series.
         self.shuffle, self.drop_last, self.seed = shuffle and batch_size is not None, drop_last, seed
         whole, rest = divmod(self.data_size, self.batch_size)
         self.batches: int = whole + (rest > 0 and not drop_last)
@@ -142,10 +142,10 @@ class TensorFeed(Feed):
 class IterableFeed(Feed):
     """Any iterable of batches: :class:`pyro_hvae.data.Batches`, a ``DataLoader``.
 
-    A source with ``state_dict`` and ``load_state_dict`` is saved and put back by these.  For others torch's generator
+    A source with ``state_dict`` and ``load_state_dict`` is saved and restored by these.  For others torch's generator
     is seeded by (seed, epoch) while the iterator is made and its first batch fetched, so that a shuffling
-    ``DataLoader`` has the same order in a resumed run; batches already seen are skipped by fetching them.  An
-    iterable with a hidden state of its own cannot be brought back.
+    ``DataLoader`` has the same order in a resumed run; earlier batches are fetched and skipped.  The hidden state of
+    other iterables is not restored.
     """
 
     def __init__(self, source: Iterable[Any], *, seed: int = 0) -> None:
@@ -169,7 +169,7 @@ class IterableFeed(Feed):
         return part
 
     def example(self) -> Batch:
-        if self.once:  # put it back
+        if self.once:  # and the item is put back in front
             for item in self.source:
                 self.source = itertools.chain([item], self.source)
                 return as_batch(item)
@@ -191,24 +191,24 @@ class IterableFeed(Feed):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         if self.once and self.used:
             raise ValueError(
-                "the data is a one-shot iterator and is used up after one epoch; pass something that can be iterated "
+                "the data is a one-shot iterator and is used up after one epoch; pass an object that can be iterated "
                 "again (a list, a DataLoader, an object with __iter__), or steps= small enough for one pass"
             )
         self.used = True
         if self.stateful:
             if self.positioned and start and self.batches is not None and start >= self.batches:
-                return iter(())  # this epoch was over when it was saved; the source stands before the next
+                return iter(())  # the saved epoch was complete; the source is at the start of the next
             skipped = 0 if self.positioned else start
             self.positioned = False
             batches = iter(self.source)
         else:
             skipped = start
             with torch.random.fork_rng():
-                torch.manual_seed(derived(self.seed, epoch).initial_seed())
+                torch.manual_seed(mixed_seed(self.seed, epoch))
                 batches = iter(self.source)
                 first = list(itertools.islice(batches, 1))
             batches = itertools.chain(first, batches)
-        for _ in itertools.islice(batches, skipped):  # now, not when the first batch is asked for
+        for _ in itertools.islice(batches, skipped):  # skip before the first batch is requested
             pass
         return (self._share(as_batch(item)) for item in batches)
 
@@ -232,7 +232,7 @@ def feed(
     drop_last: bool = False,
     seed: int = 0,
 ) -> Feed:
-    """Batches of whatever ``data`` is.
+    """Build a feed from data of any kind.
 
     Args:
         data: a tensor, an array (memory-mapped or not), a tuple of them (the programs' positional arguments) or a
@@ -266,7 +266,7 @@ def feed(
 
 
 def _check_finite(value: Tensor, mask: Any, rows: int = 4096) -> None:
-    """Refuse NaN and infinities where a mask does not hide them; in pieces, so that a memory map is not copied."""
+    """Refuse NaN and infinities outside of a mask; in pieces, so that a memory map is not copied."""
     if not value.is_floating_point():
         return
     hides = isinstance(mask, Tensor) and mask.dtype == torch.bool and value.shape[: mask.dim()] == mask.shape
@@ -275,11 +275,11 @@ def _check_finite(value: Tensor, mask: Any, rows: int = 4096) -> None:
         bad = ~torch.isfinite(value[start : start + rows])
         if hides:
             bad &= mask[start : start + rows].reshape(bad.shape[: mask.dim()] + (1,) * (bad.dim() - mask.dim()))
-        here = int(bad.sum())
-        if here and first is None:
+        num_bad = int(bad.sum())
+        if num_bad and first is None:
             index = bad.nonzero()[0].tolist()
             first = (start + index[0], *index[1:])
-        count += here
+        count += num_bad
     if first is not None:
         raise ValueError(
             f"{count} of {value.numel()} values of the data are NaN or infinite; the first is {value[first].item()} at "
@@ -288,7 +288,7 @@ def _check_finite(value: Tensor, mask: Any, rows: int = 4096) -> None:
 
 
 def rows_of(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
-    """Rows of a batch: the leading size of its first tensor that has one; None if there is none."""
+    """Return the rows of a batch: the leading size of its first tensor with a dim; None without one."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
             return len(value)
@@ -296,13 +296,17 @@ def rows_of(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
 
 
 def derived(seed: int, epoch: int) -> torch.Generator:
-    """A generator for one epoch, unlike those of other epochs and seeds."""
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+    """Return a generator for one epoch, seeded by ``(seed, epoch)``."""
+    return torch.Generator().manual_seed(mixed_seed(seed, epoch))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Derive one seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def as_batch(item: Any) -> Batch:
-    """One item of an iterable as arguments of the programs."""
+    """Convert one item of an iterable to arguments of the programs."""
     if isinstance(item, Mapping):
         return (), {name: _as_tensor(value) for name, value in item.items()}
     if isinstance(item, (tuple, list)):
@@ -325,6 +329,6 @@ def _as_tensor(value: Any) -> Any:
         return value
     if value.flags.writeable:
         return torch.from_numpy(value)
-    with warnings.catch_warnings():  # a memory map opened for reading; torch warns, and nothing here writes to it
+    with warnings.catch_warnings():  # torch warns of a read-only memory map; it is only read
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.from_numpy(value)

@@ -28,7 +28,7 @@ from pyro_hvae.training.compile import CompiledStep
 from pyro_hvae.training.distributed import Ranks, seed_rank
 from pyro_hvae.training.feed import Batch, Feed, as_batch, feed
 from pyro_hvae.training.history import History
-from pyro_hvae.training.loop import Run
+from pyro_hvae.training.loop import Data, Records, Run, Steps
 from pyro_hvae.training.objective import PairObjective
 from pyro_hvae.training.rebuild import factory_record
 from pyro_hvae.training.step import Autocast, CompiledBatches, EagerStep, make_optimizer
@@ -38,15 +38,15 @@ __all__ = ["Result", "fit", "fit_restarts"]
 
 @dataclass(frozen=True)
 class Result:
-    """What :func:`fit` gives back.
+    """Result of :func:`fit`.
 
     Attributes:
-        model, guide: the programs, trained.
+        model, guide: the trained programs.
         history: see :class:`~pyro_hvae.training.History`.
         steps: optimiser steps made in all, those before a resume included.
-        stopped: why training ended before its time (a callback's reason, ``"SIGINT"``), or None.
+        stopped: the reason of an early end (a callback's reason, ``"SIGINT"``), or None.
         averages: the moving averages of the parameters, or None; ``with result.averages.applied(): ...`` uses them.
-        run_dir: where the run is kept, or None.
+        run_dir: folder of the run, or None.
     """
 
     model: Any
@@ -99,9 +99,9 @@ def fit(
     Minimises the loss of ``bound`` divided by the number of data (nats a datum, where a datum is a row of ``data``; the
     minimum is the same, and learning rates do not depend on N) by one optimiser over every parameter of both programs,
     those in Pyro's parameter store included.  Observations are checked before the first step (NaN, support): on all of
-    the data where these are tensors in memory which a site observes as they are, else on the first batch.  What an
-    objective remembers from step to step (the step of a warm-up) starts anew, unless a run is resumed.  Other threads
-    may evaluate the programs meanwhile, or fit others; two fits of the same programs at once are not supported.
+    the data where these are tensors in memory which a site observes unchanged, else on the first batch.  The state of
+    an objective (the step of a warm-up) is reset, unless a run is resumed.  Other threads may evaluate the programs
+    meanwhile, or fit others; two fits of the same programs at once are not supported.
 
     Args:
         model, guide: Pyro programs, called with each batch.  A model with latents of the whole data set (outside of
@@ -111,37 +111,37 @@ def fit(
         bound: a bound or objective of this library, or an ELBO of Pyro with a ``differentiable_loss``.
         optimizer: a function from parameters to a torch optimiser, or such an optimiser; one fused Adam with
             rate 1e-3 by default.
-        epochs, steps: how long in all, a resumed run's first part included; exactly one of them.
+        epochs, steps: length of training, a resumed run's first part included; pass one of them.
         batch_size: rows a batch, over all processes; None for all data at once, in their order.
-        data_size: N, where the data does not tell.  It goes to the model as a keyword, if the model takes one of that
-            name, and to a guide that takes it or any keyword (AutoGuides do).
+        data_size: N, if it is not the number of rows of ``data``.  It is passed to a model that takes the keyword, and
+            to a guide that takes it or any keyword (AutoGuides do).
         shuffle: a new order each epoch, where there are batches.
         drop_last: leave out a smaller last batch.
         transform: of each batch, when it is used: random binarisation, scaling.  Called with the batch's tensors
             (keywords for a mapping), returns a batch.
-        seed: of the order of the data; drawn from torch's generator by default.  The noise of the programs follows
-            torch's generator, as ever: call ``torch.manual_seed`` before building the programs.
+        seed: of the order of the data; drawn from torch's generator by default.  The noise of the programs comes
+            from torch's generator: call ``torch.manual_seed`` before building the programs.
         validation: held-out data, like ``data``; minus the bound on it is recorded as ``validation_loss`` (for CUBO and
-            EUBO the estimate itself: smaller is better for each), always under the same noise, and on the averages if
-            there are any.
-        validate_every: steps between; an epoch by default, and once at the end of a run of less.
+            EUBO the estimate: smaller is better for each), always under the same noise, and on the averages if there
+            are any.
+        validate_every: steps between validations; by default an epoch, or once at the end of a shorter run.
         schedule: a function from the optimiser to a scheduler of ``torch.optim.lr_scheduler``, stepped once a step
             (``ReduceLROnPlateau``: once a validation).
-        clip_norm: global norm that gradients are cut to.
+        clip_norm: largest global norm of the gradients.
         accumulate: batches whose gradients are averaged for one step.
-        ema: decay of a moving average of the parameters, kept beside them.
+        ema: decay of a moving average of the parameters.
         precision: ``"bf16"`` runs the programs under autocast.
         compile: True compiles the step into one graph (see :func:`pyro_hvae.compile_step`); a mapping gives its
             options.
         run_dir: directory for config, history and checkpoints.
-        checkpoint_every: steps between; by default at the end of an epoch, if 1000 steps have passed, and at the end.
-        keep: how many checkpoints stay, besides the best.
-        resume: go on from the last checkpoint of ``run_dir``, bit for bit, if there is one.
+        checkpoint_every: steps between checkpoints; by default after an epoch, if 1000 steps passed, and at the end.
+        keep: number of checkpoints that are kept, besides the best.
+        resume: continue from the last checkpoint of ``run_dir``, bit for bit, if there is one.
         factory: how to build the programs again for :func:`load`: ``("package.module:function", arguments)``, with
-            the function returning (model, guide).  Programs of :mod:`pyro_hvae.models` carry it.
+            the function returning (model, guide).  Programs of :mod:`pyro_hvae.models` have it.
         log_every: steps between records of loss and rate.
         terms_every: steps between records that also hold the bound's terms, which cost one more run of the programs.
-        check_every: steps between looks for NaN and infinities; None never looks.
+        check_every: steps between checks for NaN and infinities; None for no checks.
         callbacks: see :class:`~pyro_hvae.training.Callback`.
         progress: show a bar.
         tensorboard: log there too, under ``run_dir/tensorboard``.
@@ -157,9 +157,9 @@ def fit(
             take.
         FileExistsError: if ``run_dir`` holds a run and ``resume`` is False.
         CheckpointError: if the checkpoint to resume from is damaged or of another architecture.
-        NonFiniteError: when the loss becomes NaN or infinite: with step and sites; the parameters are taken back to
+        NonFiniteError: when the loss becomes NaN or infinite: with step and sites; the parameters are restored to
             the last good state.
-        OSError: if a checkpoint cannot be written; the last one stays good.
+        OSError: if a checkpoint cannot be written; the last one is kept.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -189,7 +189,7 @@ def fit(
     directory = None if run_dir is None else Path(run_dir)
     source = _resume_from(directory, resume, ranks)
     if tensorboard and directory is None:
-        raise ValueError("tensorboard=True writes under run_dir, which is not given")
+        raise ValueError("tensorboard=True writes under run_dir: pass run_dir")
 
     state = None if source is None else checkpoint.read_state(source)
     if state is not None:
@@ -243,26 +243,13 @@ def fit(
 
     run = Run(
         objective,
-        step,
-        eager,
-        batches,
-        change,
-        seed=seed,
-        optimizer=own_optimizer,
-        schedule=None if schedule is None else schedule(own_optimizer),
-        averages=averages,
-        accumulate=accumulate,
-        validation=held_out,
-        validate_every=validate_every,
-        history=_history(directory, source, ranks),
-        run_dir=directory,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        log_every=log_every,
-        terms_every=terms_every,
-        check_every=check_every,
-        callbacks=own_callbacks,
-        ranks=ranks,
+        Data(batches, change, seed, accumulate, held_out, validate_every),
+        Steps(step, eager, own_optimizer, None if schedule is None else schedule(own_optimizer), averages, check_every),
+        Records(
+            _history(directory, source, ranks), directory, checkpoint_every, keep, log_every, terms_every
+        ),
+        own_callbacks,
+        ranks,
     )
     if source is not None:
         run.restore(source)
@@ -289,17 +276,17 @@ def fit(
 def fit_restarts(
     build: Callable[[], tuple[Any, Any]], data: Any, *, restarts: int, seed: int = 0, **options: Any
 ) -> list[Result]:
-    """Train several independently initialised pairs, one after another; as chains they give R-hat its meaning.
+    """Train several independently initialised pairs, one after another, as chains for R-hat.
 
     Args:
         build: makes a fresh (model, guide); torch's generator is seeded before each call.
         data: as for :func:`fit`.
-        restarts: how many, at least 1.
+        restarts: number of pairs, at least 1.
         seed: run r is seeded with ``seed + r``.
         options: of :func:`fit`; ``run_dir`` becomes ``run_dir/restart-<r>``.
 
     Returns:
-        The results, in order.  The generators are put back afterwards.
+        The results, in order.  The generators are restored afterwards.
     """
     if restarts < 1:
         raise ValueError(f"restarts must be at least 1, got {restarts}")
@@ -317,18 +304,18 @@ def fit_restarts(
 def _resume_from(directory: Path | None, resume: bool, ranks: Ranks) -> Path | None:
     if directory is None:
         if resume:
-            raise ValueError("resume=True goes on from a run_dir, which is not given")
+            raise ValueError("resume=True continues the run of run_dir: pass run_dir")
         return None
     if ranks.first:
         checkpoint.tidy(directory / "checkpoints")
     ranks.barrier()
-    found = checkpoint.latest(directory / "checkpoints")
-    if found is not None and not resume:
+    last = checkpoint.latest(directory / "checkpoints")
+    if last is not None and not resume:
         raise FileExistsError(
-            f"{directory} already holds a run (its last checkpoint is {found.name}): pass resume=True to go on with "
-            "it, or another run_dir"
+            f"{directory} already holds a run (its last checkpoint is {last.name}): pass resume=True to continue it, "
+            "or another run_dir"
         )
-    return found
+    return last
 
 
 def _history(directory: Path | None, source: Path | None, ranks: Ranks) -> History:
@@ -347,10 +334,10 @@ def _transform(transform: Callable[..., Any] | None) -> Callable[[tuple, dict[st
         return lambda args, kwargs: (args, kwargs)
 
     def change(args: tuple, kwargs: dict[str, Any]) -> Batch:
-        found = transform(*args, **kwargs)
-        if found is None:
+        batch = transform(*args, **kwargs)
+        if batch is None:
             raise TypeError("transform= returned None: it takes a batch's tensors and must return the changed batch")
-        return as_batch(found)
+        return as_batch(batch)
 
     return change
 

@@ -1,4 +1,4 @@
-"""What a run has shown so far: one record for each time it was looked at, in memory and as JSON lines."""
+"""Records of a training run, in memory and as JSON lines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class History(Sequence[Record]):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> History:
-        """The history of an earlier run; a last line that was cut short is dropped.
+        """Read the history of an earlier run; an incomplete last line is dropped.
 
         Raises:
             FileNotFoundError: if there is none.
@@ -59,7 +59,7 @@ class History(Sequence[Record]):
                 lines.write(json.dumps(_plain(record)) + "\n")
 
     def truncate(self, size: int) -> None:
-        """Forget all but the first ``size`` records, in the file too: a resumed run makes the others again."""
+        """Drop all but the first ``size`` records, in the file too; a resumed run makes the others again."""
         del self._records[size:]
         if self.path is not None:
             temporary = self.path.with_name(f".{self.path.name}.tmp")
@@ -68,7 +68,7 @@ class History(Sequence[Record]):
             os.replace(temporary, self.path)
 
     def to_pandas(self) -> Any:
-        """A DataFrame indexed by step, one row a step, one column a quantity, NaN where none was recorded."""
+        """Convert to a DataFrame: one row per step, one column per quantity, NaN where none was recorded."""
         import pandas
 
         rows: dict[int, Record] = {}
@@ -78,11 +78,11 @@ class History(Sequence[Record]):
         return frame if frame.empty else frame.set_index("step")
 
     def to_xarray(self) -> Any:
-        """A Dataset over the dimension ``step``."""
+        """Convert to a Dataset over the dim ``step``."""
         return self.to_pandas().to_xarray()
 
     def names(self) -> list[str]:
-        """Every quantity that was recorded, in order of first appearance."""
+        """Return the names of all recorded quantities, in order of first appearance."""
         return list(dict.fromkeys(name for record in self._records for name in record))
 
     @overload
@@ -93,10 +93,10 @@ class History(Sequence[Record]):
     def __getitem__(self, index: str) -> list[Any]: ...
     def __getitem__(self, index: int | slice | str) -> Any:
         if isinstance(index, str):
-            found = [record[index] for record in self._records if index in record]
-            if not found:
+            values = [record[index] for record in self._records if index in record]
+            if not values:
                 raise KeyError(f"nothing was recorded as {index!r}; recorded: {', '.join(self.names()) or 'nothing'}")
-            return found
+            return values
         return self._records[index]
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class History(Sequence[Record]):
 
 
 def _plain(record: Record) -> Record:
-    """Strict JSON has no NaN."""
+    """Replace NaN and infinities by None, since strict JSON has neither."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }

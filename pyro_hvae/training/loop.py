@@ -1,8 +1,8 @@
-r"""Training loop: one :class:`Run` of it.
+r"""Training loop.
 
 The optimiser minimises the objective's loss divided by the number of data (see :mod:`pyro_hvae.training.objective`),
-one fused optimiser over every parameter of model and guide.  Terms and validation leave the generators as they were,
-so what is logged, and how often, has no influence on what is learned.
+one fused optimiser over every parameter of model and guide.  Terms and validation restore the generators,
+so logging does not change the training.
 
 Programs, parameters and buffers are in use under :data:`pyro_hvae.problem.isolation.RUNNING`, so that other threads may
 evaluate the same programs during training.
@@ -17,6 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,71 +28,100 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.averages import Averages
+from pyro_hvae.training.distributed import Ranks
 from pyro_hvae.training.evaluate import evaluate_batch, evaluating, validation_record
 from pyro_hvae.training.feed import Batch, Feed, rows_of
 from pyro_hvae.training.history import History
 from pyro_hvae.training.nonfinite import NonFiniteError, Snapshot, optimizer_tensors, replay
 from pyro_hvae.training.objective import PairObjective
-from pyro_hvae.training.resume import go_on_from, state_of
+from pyro_hvae.training.resume import restore_run, state_of
 from pyro_hvae.training.signals import Signals
 from pyro_hvae.training.step import EagerStep
 
-__all__ = ["Run"]
+__all__ = ["Data", "Records", "Run", "Steps"]
 
 Transform = Callable[[tuple, dict[str, Any]], Batch]
 
 
+@dataclass(frozen=True)
+class Data:
+    """Batches of a run.
+
+    Attributes:
+        feed, transform: the batches, and a function of each.
+        seed: of their order.
+        accumulate: batches per step.
+        validation, validate_every: held-out data or None, and steps between validations (None: an epoch).
+    """
+
+    feed: Feed
+    transform: Transform
+    seed: int
+    accumulate: int
+    validation: Feed | None
+    validate_every: int | None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of a run: the step, its eager form, torch's optimiser, its schedule, averages, steps between checks."""
+
+    take: Callable[[Sequence[Batch]], Tensor]
+    eager: EagerStep
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    averages: Averages | None
+    check_every: int | None
+
+
+@dataclass(frozen=True)
+class Records:
+    """Output of a run: history, folder, steps between checkpoints, number kept, steps between records and terms."""
+
+    history: History
+    run_dir: Path | None
+    checkpoint_every: int | None
+    keep: int
+    log_every: int
+    terms_every: int
+
+
 class Run:
-    """A training run: what callbacks see, and what is saved.
+    """A training run; callbacks get it, and checkpoints save its state.
 
     Attributes:
         model, guide: the programs.
         objective: the loss in nats a datum, as a module.
-        eager: the step without a compiler, which the search for NaN uses.
+        eager: the step without compilation, for the search for NaN.
         optimizer, schedule, averages: torch's optimiser, its schedule and the moving averages, or None.
         step, epoch, batch: optimiser steps made, epochs finished, batches of the present epoch used.
         history: the records.
-        run_dir: where the run is kept, or None.
-        stopped: why it ended before its time, or None.
+        run_dir: folder of the run, or None.
+        stopped: the reason of an early end, or None.
     """
 
     def __init__(
         self,
         objective: PairObjective,
-        step: Callable[[Sequence[Batch]], Tensor],
-        eager: EagerStep,
-        feed: Feed,
-        transform: Transform,
-        *,
-        seed: int,
-        optimizer: torch.optim.Optimizer,
-        schedule: Any,
-        averages: Averages | None,
-        accumulate: int,
-        validation: Feed | None,
-        validate_every: int | None,
-        history: History,
-        run_dir: Path | None,
-        checkpoint_every: int | None,
-        keep: int,
-        log_every: int,
-        terms_every: int,
-        check_every: int | None,
+        data: Data,
+        steps: Steps,
+        records: Records,
         callbacks: Sequence[Any],
-        ranks: Any,
+        ranks: Ranks,
     ) -> None:
-        self.objective, self.optimizer, self.schedule, self.averages = objective, optimizer, schedule, averages
-        self.model, self.guide = objective.model, objective.guide
-        self.feed, self.transform, self.accumulate, self.seed = feed, transform, accumulate, seed
-        self.validation, self.validate_every = validation, validate_every
-        self.history, self.run_dir, self.checkpoint_every, self.keep = history, run_dir, checkpoint_every, keep
-        self.log_every, self.terms_every, self.check_every = log_every, terms_every, check_every
+        self.objective, self.model, self.guide = objective, objective.model, objective.guide
+        self.optimizer, self.schedule, self.averages = steps.optimizer, steps.schedule, steps.averages
+        self.feed, self.transform, self.accumulate, self.seed = data.feed, data.transform, data.accumulate, data.seed
+        self.validation, self.validate_every = data.validation, data.validate_every
+        self.history, self.run_dir = records.history, records.run_dir
+        self.checkpoint_every, self.keep = records.checkpoint_every, records.keep
+        self.log_every, self.terms_every, self.check_every = records.log_every, records.terms_every, steps.check_every
         self.callbacks, self.ranks = callbacks, ranks
         self.step = self.epoch = self.batch = 0
         self.stopped: str | None = None
         self.best = math.inf
-        self._take_step, self.eager = step, eager
-        device = eager.parameters[0].device
+        self._take_step, self.eager = steps.take, steps.eager
+        device = self.eager.parameters[0].device
         self.sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._last: Batch | None = None
         self.pending: Any = None
@@ -110,7 +140,7 @@ class Run:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def stop(self, reason: str) -> None:
-        """End the run after this step."""
+        """Stop the run after this step."""
         self.stopped = reason
 
     # -- the loop
@@ -123,20 +153,20 @@ class Run:
             with self.signals:
                 if self.pending is not None:
                     checkpoint.restore_generators(self.pending)
-                self._look()
+                self._take_snapshot()
                 while not self._done(steps, epochs):
                     self._epoch(steps)
                 self._check()
                 if self.since_record and self.signals.received is None:
                     self._record(final=True)
-                    self.saved = -1  # a checkpoint of this very step does not know of the record
+                    self.saved = -1  # a checkpoint of this step lacks the record
                 if self.validation is not None and math.isinf(self.best) and self.signals.received is None:
                     self._validate()
                     self.saved = -1
                 if self.run_dir is not None and self.saved != self.step:
                     self.save()
         except BaseException:
-            with suppress(Exception):  # what went wrong first is what to tell
+            with suppress(Exception):  # the first error is raised
                 self._call("on_end")
             raise
         self._call("on_end")
@@ -161,19 +191,19 @@ class Run:
         if self.pending is not None:  # skipping batches may have drawn from the generators
             checkpoint.restore_generators(self.pending)
             self.pending = None
-        seen = self.batch
+        used = self.batch
         while group := list(itertools.islice(batches, self.accumulate)):
             self._one(group)
-            seen += len(group)
+            used += len(group)
             if (steps is not None and self.step >= steps) or self.stopped is not None:
                 return
-        if not seen:
+        if not used:
             raise ValueError("the data has no batch: an epoch of it is empty")
         self.epoch, self.batch = self.epoch + 1, 0
         if self.validation is not None and self.validate_every is None:
             self._validate()
         self._call("on_epoch")
-        # Unless asked otherwise, save at the end of an epoch, though not after each of many short ones.
+        # By default, save at the end of an epoch, after 1000 steps at least.
         if self.run_dir is not None and self.checkpoint_every is None and self.step - self.saved >= 1000:
             self.save()
 
@@ -195,18 +225,18 @@ class Run:
         for on_step in self._on_step:
             on_step(self, loss)
         if self.check_every is not None and self.step % self.check_every == 0:
-            self._look()
+            self._take_snapshot()
         if self.step % self.log_every == 0:
             self._record(batch=group[-1])
         if self.validate_every is not None and self.validation is not None and self.step % self.validate_every == 0:
             self._validate()
         if self.signals.received is not None:
             self.stop(signal.Signals(self.signals.received).name)
-        elif self._save_due() and not self._last_step():  # which is saved with the last record
+        elif self._save_due() and not self._last_step():  # the last step is saved with the last record
             self.save()
         self._last = group[-1]
 
-    # -- looking
+    # -- records
 
     def _record(self, batch: Batch | None = None, final: bool = False) -> None:
         self._check()
@@ -228,16 +258,16 @@ class Run:
         self._add(record)
 
     def _terms(self, batch: Batch) -> dict[str, float]:
-        """The terms on a batch, and the unweighted bound where the objective is none."""
+        """Return the terms on a batch, and the unweighted bound if the objective is no bound."""
         bound = self.objective.bound
         if not hasattr(bound, "evaluate"):
             return {}
         with evaluating(self.objective):
             loss, terms = evaluate_batch(self.objective, *self.transform(*batch))
-            found = {name: float(value) for name, value in terms.items()}
+            values = {name: float(value) for name, value in terms.items()}
         if not (bound.is_bound or bound.from_above):
-            found["bound"] = -float(loss)
-        return found
+            values["bound"] = -float(loss)
+        return values
 
     def _validate(self) -> None:
         assert self.validation is not None
@@ -262,10 +292,10 @@ class Run:
             if hasattr(callback, moment):
                 getattr(callback, moment)(self, *args)
 
-    # -- going wrong
+    # -- NaN and infinities
 
-    def _look(self) -> None:
-        """Check what was done, and keep a copy of it."""
+    def _take_snapshot(self) -> None:
+        """Check the losses, and copy the state."""
         if self.check_every is None:
             return
         self._check()
@@ -295,23 +325,23 @@ class Run:
         bad_step, self.stopped = self.step, "loss is not finite"
         last = self._snapshot.restore()
         self.go_to(last)
-        kept = "" if self.run_dir is None else f"; the last checkpoint is {checkpoint.latest(self._directory)}"
-        step, found = replay(self, last["generators"], bad_step)
+        saved = "" if self.run_dir is None else f"; the last checkpoint is {checkpoint.latest(self._directory)}"
+        step, sites = replay(self, last["generators"], bad_step)
         self._snapshot.restore()
         self.go_to(last)
         checkpoint.restore_generators(last["generators"])
-        if not found:
+        if not sites:
             raise NonFiniteError(
                 f"the loss became NaN or infinite between steps {last['step'] + 1} and {bad_step}, but not when these "
-                f"steps were made again eagerly; the parameters are back at step {last['step']}{kept}", None, []
+                f"steps were made again eagerly; the parameters are those of step {last['step']}{saved}", None, []
             )  # fmt: skip
         raise NonFiniteError(
-            f"step {step}: not finite: {'; '.join(found[:6])}. The parameters are back at step {last['step']}, the "
-            f"last that was looked at and found good{kept}", step, found,
+            f"step {step}: not finite: {'; '.join(sites[:6])}. The parameters are those of step {last['step']}, the "
+            f"last with a finite loss{saved}", step, sites,
         )  # fmt: skip
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Put counts, data, rates and schedule back to where a snapshot was taken."""
+        """Restore counts, data, rates and schedule of a snapshot."""
         self.step, self.epoch, self.batch = position["step"], position["epoch"], position["batch"]
         self.since_record, self.rows = position["since"], position["rows"]
         self.feed.load_state_dict(position["feed"])
@@ -344,10 +374,10 @@ class Run:
             self.saved = self.step
 
     def restore(self, source: Path) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             CheckpointError: if it is damaged or does not fit; nothing is changed then.
         """
         with RUNNING:
-            go_on_from(self, source)
+            restore_run(self, source)

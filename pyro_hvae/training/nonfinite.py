@@ -1,8 +1,8 @@
-"""Locate the first NaN or infinity of a run: go back to the last good state, and make the steps since again.
+"""Locate the first NaN or infinity of a run by replaying the steps from the last good state.
 
-Looking at the loss after each step would wait for the device, so the sum of the losses is looked at every
-``check_every`` steps; at each look that finds it finite, the state is copied.  After a look that does not, the steps
-since are made again from that copy, eagerly and one by one, with the same batches and the same noise.
+Reading the loss after each step would synchronise with the device, so the sum of the losses is checked every
+``check_every`` steps; if it is finite, the state is copied.  If it is not, the steps since the last copy are replayed,
+eagerly and one by one, with the same batches and the same noise.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["NonFiniteError", "Snapshot", "non_finite_sites", "optimizer_tensors"
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or a gradient became NaN or infinite.
+    """Error: the loss or a gradient became NaN or infinite.
 
     Attributes:
-        step: the step, counted from 1, whose loss or gradient it was; None if the replay did not show it again.
-        sites: what was not finite at that step, in the order of the programs.
+        step: the step, counted from 1; None if the replay was finite.
+        sites: draws, densities and gradients that were not finite, in the order of the programs.
     """
 
     def __init__(self, message: str, step: int | None, sites: list[str]) -> None:
@@ -41,7 +41,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class Snapshot:
-    """A copy of tensors that are changed in place, cheap to renew."""
+    """A copy of tensors that are changed in place."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
@@ -61,7 +61,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> dict[str, Any]:
-        """Put the copies back, and return what was kept with them."""
+        """Restore the copies, and return ``extra``."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             tensor.copy_(copy)
         return self.extra
@@ -78,28 +78,28 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def replay(run: Run, generators: Any, until: int) -> tuple[int | None, list[str]]:
-    """Make the steps of a run again from where it stands, eagerly, up to step ``until``.
+    """Replay the steps of a run from its present state, eagerly, up to step ``until``.
 
     Returns:
-        The first step, counted from 1, in which something is not finite, or the last; and what is not.
+        The first step, counted from 1, with a value that is not finite, or the last; and the names of such values.
     """
-    found: list[str] = []
+    sites: list[str] = []
     step: int | None = None
     batches = run.feed.epoch(run.epoch, run.batch)
     checkpoint.restore_generators(generators)
-    while run.step < until and not found:
+    while run.step < until and not sites:
         group = list(itertools.islice(batches, run.accumulate))
         if not group:
             run.epoch, run.batch = run.epoch + 1, 0
             batches = run.feed.epoch(run.epoch)
             continue
-        found = _replay_step(run, group)
+        sites = _replay_step(run, group)
         step = run.step
-    return step, found
+    return step, sites
 
 
 def _replay_step(run: Run, group: list[Batch]) -> list[str]:
-    """Make one step again, and name what is not finite in it."""
+    """Replay one step, and name its values that are not finite."""
     batches = [run.transform(*batch) for batch in group]
     noise = checkpoint.generators()
     loss = run.eager.gradients(batches)
@@ -107,10 +107,10 @@ def _replay_step(run: Run, group: list[Batch]) -> list[str]:
     run.batch += len(group)
     if not math.isfinite(float(loss)):
         checkpoint.restore_generators(noise)
-        found = [name for args, kwargs in batches for name in non_finite_sites(run.objective, args, kwargs)]
-        return found or ["the loss, though every site is finite"]
-    if found := non_finite_gradients(run.objective):
-        return found
+        sites = [name for args, kwargs in batches for name in non_finite_sites(run.objective, args, kwargs)]
+        return sites or ["the loss, though every site is finite"]
+    if gradients := non_finite_gradients(run.objective):
+        return gradients
     run.eager.apply()
     run.objective.advance()
     if run.schedule is not None and not isinstance(run.schedule, ReduceLROnPlateau):
@@ -127,12 +127,12 @@ def non_finite_sites(objective: PairObjective, args: tuple, kwargs: Mapping[str,
     with torch.no_grad():
         try:
             run = objective.problem(args, kwargs, training=True).run(count)
-        except ValueError as error:  # a first look refuses what it meets first, and says what that is
+        except ValueError as error:  # the checks of a new structure name the first bad value
             return [str(error)]
-        found = [f"the guide's draw of '{name}'" for name, value in run.values.items() if _bad(value)]
-        found += [f"log q of '{name}'" for name, value in run.log_q.items() if _bad(value)]
-        found += [f"log p of '{name}'" for name, value in run.log_p.items() if _bad(value)]
-    return found
+        names = [f"the guide's draw of '{name}'" for name, value in run.values.items() if _bad(value)]
+        names += [f"log q of '{name}'" for name, value in run.log_q.items() if _bad(value)]
+        names += [f"log p of '{name}'" for name, value in run.log_p.items() if _bad(value)]
+    return names
 
 
 def non_finite_gradients(objective: nn.Module) -> list[str]:

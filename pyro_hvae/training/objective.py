@@ -1,14 +1,14 @@
 r"""The objective of a pair as a module, normalised to nats a datum.
 
 A bound's loss is the sum over the whole data set, :math:`-\frac NB\sum_{n\in\text{batch}}\mathrm{bound}(x_n)`, as
-Pyro has it.  Learning rates, clipping and the epsilon of Adam should not depend on how much data there is, so the
-optimiser sees that loss **divided by the number of data that it speaks of**; the minimum is the same.  A datum is a
-row of what the programs are called with, and the number of data is
+in Pyro.  Learning rates, clipping and the epsilon of Adam should not depend on the number of data, so the optimiser
+minimises that loss **divided by its number of data**; the minimum is the same.  A datum is a row of the programs'
+arguments, and the number of data is
 
 1. the size N of the data set, where the model takes a ``data_size`` (then a batch is scaled by N/B); else
 2. the rows of the batch, times the scale that the programs' own plate of these rows puts on them.
 
-A batch of fewer rows is divided by fewer, so that its loss is in nats a datum, too.
+The loss of a smaller batch is divided by fewer, so it is in nats a datum, too.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class PairObjective(nn.Module):
     """The loss of a pair in nats a datum, as a module that owns every parameter of both programs.
 
     The objective is a child module, and so are the programs if they are modules.  Parameters that the programs keep
-    in Pyro's parameter store (by ``pyro.param`` or ``pyro.module`` in plain functions) are found by a dry run and
-    registered under ``store``; AutoGuides are set up by the same run, which restores the generators.
+    in Pyro's parameter store (by ``pyro.param`` or ``pyro.module`` in plain functions) are collected by a dry run and
+    registered under ``store``; AutoGuides are initialised by the same run, which restores the generators.
 
     Args:
-        bound: anything with ``differentiable_loss(model, guide, *args)``: a bound of this library or of Pyro.
+        bound: an object with ``differentiable_loss(model, guide, *args)``: a bound of this library or of Pyro.
         model, guide: Pyro programs, modules or functions.
         args, kwargs: one example batch.
         data_size: N, or None if unknown.
@@ -101,27 +101,27 @@ class PairObjective(nn.Module):
             raise ValueError("neither the model nor the guide has a parameter, so there is nothing to train")
 
     def problem(self, args: tuple, kwargs: Mapping[str, Any], *, training: bool = False) -> Problem:
-        """The pair with a batch; ``data_size`` is among its keywords where the model takes it."""
+        """Return the pair with a batch; ``data_size`` is among its keywords if the model takes it."""
         keywords = dict(kwargs)
         if self.data_size is not None:
             keywords.setdefault("data_size", self.data_size)
         return Problem(self.model, self._guide_as_called[0], args, keywords, training=training, registering=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of a batch, 0-dim, in nats a datum."""
+        """Return the loss of a batch, 0-dim, in nats a datum."""
         problem = self.problem(args, kwargs, training=True)
         with RUNNING:
             return self.loss(problem) / self.count(problem)
 
     def loss(self, problem: Problem) -> Tensor:
-        """The loss as the objective has it: of the whole data set, in nats."""
+        """Return the objective's loss: of the whole data set, in nats."""
         if isinstance(self.bound, Objective):
             return self.bound.differentiable_loss(problem)
         model, guide, keywords = problem.programs.bound()
         return self.bound.differentiable_loss(model, guide, *problem.args, **keywords)
 
     def count(self, problem: Problem) -> float:
-        """How many data the loss of a batch is the loss of."""
+        """Return the number of data of a batch's loss."""
         if "data_size" in problem.kwargs and self.data_size is not None:
             return float(problem.kwargs["data_size"])
         rows = rows_of(problem.args, problem.kwargs)
@@ -142,9 +142,9 @@ class PairObjective(nn.Module):
             self.bound.advance()
 
     def _dry_run(self, problem: Problem) -> None:
-        """Run both programs once, and register what they read from the parameter store and no module of theirs owns."""
+        """Run both programs once, and register the parameters that they read from the store and do not own."""
         diffusion = isinstance(self.bound, DiffusionELBO)  # in continuous time its programs can't be run
-        found: dict[str, tuple[Tensor, Any]] = {}
+        stored: dict[str, tuple[Tensor, Any]] = {}
         store = pyro.get_param_store()
         with isolated(self.model, self.guide), torch.no_grad():
             if diffusion:
@@ -158,9 +158,9 @@ class PairObjective(nn.Module):
             owned = {id(parameter) for parameter in self.parameters()}
             for name, leaf in param_sites(*reversed(traces)).items():
                 if id(leaf) not in owned and name in store and store._params[name] is leaf:
-                    found[name] = leaf, store._constraints[name]
+                    stored[name] = leaf, store._constraints[name]
                     owned.add(id(leaf))
-        for name, (leaf, constraint) in found.items():
+        for name, (leaf, constraint) in stored.items():
             parameter = leaf if isinstance(leaf, nn.Parameter) else nn.Parameter(leaf.detach())
             hold(name, parameter, constraint)
             key = name.replace(".", "/")
@@ -189,7 +189,7 @@ class _WithoutDataSize(nn.Module):
 
 
 def _require_same_plates(model_trace: Trace, guide_trace: Trace) -> None:
-    """Refuse a guide that does not know of the scale which the model puts on a latent of both."""
+    """Refuse a guide without the scale that the model puts on a latent of both."""
     for site in sample_sites(guide_trace):
         plates = plates_of(site)
         if site["name"] not in model_trace:

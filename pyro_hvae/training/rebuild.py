@@ -29,23 +29,23 @@ from pyro_hvae.training.checkpoint import (
 __all__ = ["build", "constraint_from", "constraint_record", "factory_record", "hold", "load"]
 
 
-def factory_record(given: Any, *programs: Any) -> dict[str, Any] | None:
-    """How to build a pair again, ``{"factory": import path, "args": {...}}``: as given, or as the programs carry it.
+def factory_record(factory: Any, *programs: Any) -> dict[str, Any] | None:
+    """Return how to build a pair, ``{"factory": import path, "args": {...}}``, from an argument or the programs.
 
     Raises:
         TypeError: for a factory that is neither such a mapping nor a pair of function (or its path) and arguments.
     """
-    if given is None:
+    if factory is None:
         records = [getattr(program, "factory", None) for program in programs]
-        given = next((record for record in records if isinstance(record, Mapping)), None)
-        if given is None:
+        factory = next((record for record in records if isinstance(record, Mapping)), None)
+        if factory is None:
             return None
-    if isinstance(given, Mapping) and set(given) == {"factory", "args"}:
-        target, arguments = given["factory"], given["args"]
-    elif isinstance(given, tuple) and len(given) == 2:
-        target, arguments = given
+    if isinstance(factory, Mapping) and set(factory) == {"factory", "args"}:
+        target, arguments = factory["factory"], factory["args"]
+    elif isinstance(factory, tuple) and len(factory) == 2:
+        target, arguments = factory
     else:
-        raise TypeError(f"factory must be (function or its import path, arguments), got {given!r}")
+        raise TypeError(f"factory must be (function or its import path, arguments), got {factory!r}")
     if not isinstance(target, str):
         target = f"{target.__module__}:{target.__qualname__}"
     return {"factory": target, "args": dict(arguments)}
@@ -74,9 +74,9 @@ def load(
     """Build the programs of a run directory again, with its weights.
 
     Args:
-        run_dir: where :func:`pyro_hvae.training.fit` wrote.
+        run_dir: a folder that :func:`pyro_hvae.training.fit` wrote.
         which: ``"last"``, ``"best"`` (by validation loss), or the name of a checkpoint (``"step-00000100"``).
-        programs: (model, guide) to take the weights, for a run whose config knows no factory.
+        programs: (model, guide) that get the weights, for a run whose config has no factory.
         ema: take the exponential moving average of the parameters instead of the parameters.
 
     Returns:
@@ -88,13 +88,13 @@ def load(
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     directory = run_dir / "checkpoints"
-    found = latest(directory) if which == "last" else directory / which
-    if found is None or not found.is_dir():
-        present = [path.name for path in checkpoints(directory)]
+    path = latest(directory) if which == "last" else directory / which
+    if path is None or not path.is_dir():
+        present = [one.name for one in checkpoints(directory)]
         raise CheckpointError(f"{directory} has no checkpoint {which!r}; it has {present or 'none'}")
-    weights = read_weights(found)
+    weights = read_weights(path)
     if ema:
-        weights.update(_averages(read_state(found), found))
+        weights.update(_averages(read_state(path), path))
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("bound.")}
     if programs is None:
         if config.get("factory") is None:
@@ -105,7 +105,7 @@ def load(
             )
         programs = build(config["factory"])
     target = _Pair(*programs, weights, config.get("store", {}))
-    restore_weights(target, weights, found)
+    restore_weights(target, weights, path)
     for program in programs:
         if isinstance(program, nn.Module):
             program.eval()
@@ -144,7 +144,7 @@ def hold(name: str, leaf: nn.Parameter, constraint: Any = None) -> None:
 
 
 def constraint_record(constraint: Any) -> dict[str, Any]:
-    """A constraint as plain data: its class in ``torch.distributions.constraints`` and its arguments."""
+    """Convert a constraint to plain data: its class in ``torch.distributions.constraints`` and its arguments."""
     arguments = {
         name.lstrip("_"): constraint_record(value) if isinstance(value, constraints.Constraint) else value
         for name, value in vars(constraint).items()
@@ -153,12 +153,12 @@ def constraint_record(constraint: Any) -> dict[str, Any]:
 
 
 def constraint_from(record: Mapping[str, Any]) -> Any:
-    """Undo of :func:`constraint_record`.
+    """Invert :func:`constraint_record`.
 
     Raises:
         CheckpointError: for a constraint that is not torch's or Pyro's.
     """
-    # Pyro's module adds constraints of its own and names torch's instances, but not the classes behind them
+    # Pyro's module has its own constraints and torch's instances, but not torch's classes
     kind = getattr(constraints, record["class"], None) or getattr(torch_constraints, record["class"], None)
     if kind is None:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The state of a run as plain data and tensors, and the way back."""
+"""Save and restore the state of a run as plain data and tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pyro_hvae.training import checkpoint
 if TYPE_CHECKING:
     from pyro_hvae.training.loop import Run
 
-__all__ = ["go_on_from", "state_of"]
+__all__ = ["restore_run", "state_of"]
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """All that a run needs beside the weights to go on; on several processes each must call this."""
+    """Return the state of a run besides the weights; on several processes each must call this."""
     return {
         "step": run.step,
         "epoch": run.epoch,
@@ -37,22 +37,22 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
-def go_on_from(run: Run, source: Path) -> None:
-    """Bring a run to where a checkpoint was written.
+def restore_run(run: Run, source: Path) -> None:
+    """Restore a run from a checkpoint.
 
     Raises:
         CheckpointError: if it is damaged or does not fit; nothing is changed then.
     """
     weights, state = checkpoint.read_weights(source), checkpoint.read_state(source)
     try:
-        probe = copy.deepcopy(run.optimizer.state_dict())
+        before = copy.deepcopy(run.optimizer.state_dict())
         run.optimizer.load_state_dict(state["optimizer"])
     except (KeyError, ValueError, TypeError) as error:
         raise checkpoint.CheckpointError(f"{source}: its optimiser does not fit this run's ({error})") from error
     try:
         checkpoint.restore_weights(run.objective, weights, source)
     except checkpoint.CheckpointError:
-        run.optimizer.load_state_dict(probe)
+        run.optimizer.load_state_dict(before)
         raise
     for what, own in (("schedule", run.schedule), ("ema", run.averages)):
         if (own is None) != (state[what] is None):
@@ -67,8 +67,8 @@ def go_on_from(run: Run, source: Path) -> None:
     run.feed.load_state_dict(state["feed"])
     run.sum.copy_(state["sum"])
     run.best, run.stopped, run.saved = state["best"], state["stopped"], state["step"]
-    for callback, kept in zip(run.callbacks, state["callbacks"], strict=False):
-        if kept is not None:
-            callback.load_state_dict(kept)
+    for callback, saved in zip(run.callbacks, state["callbacks"], strict=False):
+        if saved is not None:
+            callback.load_state_dict(saved)
     run.history.truncate(state["records"])
     run.pending = run.ranks.own_generators(state["generators"], run.seed, run.step)

@@ -1,4 +1,4 @@
-"""Let a signal finish the present step."""
+"""Delay signals to the end of the present step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["Signals"]
 
 
 class Signals:
-    """While entered, note the first SIGINT or SIGTERM; a second acts as it did before.
+    """Record the first SIGINT or SIGTERM inside of the block; a second has its usual effect.
 
-    In a thread other than the main one, where Python sets no handlers, nothing is noted.
+    In a thread other than the main one, where Python sets no handlers, nothing is recorded.
 
     Attributes:
-        received: the signal that was noted, or None.
+        received: the recorded signal, or None.
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class Signals:
             return
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in self._before:
-            signal.signal(number, self._note)
+            signal.signal(number, self._receive)
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
         self.received = number
         signal.signal(number, self._before[number])

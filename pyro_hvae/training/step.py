@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.training.compile import CompiledStep
+from pyro_hvae.training.compile.update import missing_parameters
 from pyro_hvae.training.feed import Batch
 
 __all__ = ["Autocast", "CompiledBatches", "EagerStep", "adam", "make_optimizer"]
 
 
 class EagerStep:
-    """Zero, backward, clip, step.
+    """An eager step: losses, gradients, clipping, the optimiser's update.
 
     Args:
         objective: a module whose call gives the loss of a batch.
         optimizer: over its parameters.
-        clip_norm: the global norm that gradients are cut to, or None.
-        fabric: what the backward pass goes through, if anything.
+        clip_norm: the largest global norm of the gradients, or None.
+        fabric: a Fabric for the backward pass, or None.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class EagerStep:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def gradients(self, batches: Sequence[Batch]) -> Tensor:
-        """Set the gradients to the mean over ``batches``; the mean loss, detached."""
+        """Set the gradients to the mean over ``batches``; return the mean loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
         total = None
         for index, (args, kwargs) in enumerate(batches):
@@ -55,7 +56,7 @@ class EagerStep:
         return total
 
     def apply(self) -> None:
-        """Clip, and let the optimiser move."""
+        """Clip the gradients, and update the parameters."""
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         with RUNNING:
@@ -75,7 +76,7 @@ class EagerStep:
 
 
 class CompiledBatches:
-    """A compiled step, called as an eager one is: with the batches of one optimiser step."""
+    """A compiled step, called as an eager one, with the batches of one optimiser step."""
 
     def __init__(self, compiled: CompiledStep) -> None:
         self.compiled = compiled
@@ -89,7 +90,7 @@ class CompiledBatches:
 
 
 class Autocast(nn.Module):
-    """An objective whose programs run under autocast; parameters and optimiser stay as they are."""
+    """An objective whose programs run under autocast; parameters and optimiser keep their dtype."""
 
     def __init__(self, objective: nn.Module, precision: str) -> None:
         super().__init__()
@@ -111,18 +112,18 @@ class Autocast(nn.Module):
 
 
 def adam(parameters: Any, lr: float = 1e-3, **options: Any) -> torch.optim.Adam:
-    """One fused Adam over all parameters: what ``fit`` uses unless told otherwise."""
+    """Return one fused Adam over all parameters, the default of ``fit``."""
     return torch.optim.Adam(parameters, lr=lr, fused=True, **options)
 
 
 def make_optimizer(
     optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None, objective: nn.Module
 ) -> torch.optim.Optimizer:
-    """The optimiser of every parameter of the objective that wants a gradient.
+    """Return the optimiser of every parameter of the objective that requires a gradient.
 
     Raises:
-        TypeError: for something that is no torch optimiser and makes none (Pyro's wrappers, for instance).
-        ValueError: if a given optimiser does not hold exactly those parameters.
+        TypeError: for an object that is no torch optimiser and makes none (Pyro's wrappers, for instance).
+        ValueError: if an optimiser lacks some of these parameters.
     """
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     if optimizer is None:
@@ -139,8 +140,7 @@ def make_optimizer(
             "torch.optim.LBFGS evaluates the loss several times a step, which fit() does not do: use Adam or SGD, or "
             "call LBFGS.step(closure) with objective = bound(model, guide) yourself"
         )
-    held = {id(p) for group in made.param_groups for p in group["params"]}
-    lost = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in held]
+    lost = missing_parameters(made, objective)
     if lost:
         raise ValueError(
             f"the optimizer does not hold {len(lost)} parameter(s) of the pair, among them {lost[:4]}; pass a function "
@@ -149,9 +149,9 @@ def make_optimizer(
     return made
 
 
-def _no_optimizer(given: Any) -> str:
+def _no_optimizer(value: Any) -> str:
     return (
         f"optimizer must be a torch.optim.Optimizer, or a function from parameters to one (such as "
-        f"functools.partial(torch.optim.Adam, lr=1e-3)), got {type(given).__name__}; Pyro's optimisers make one for "
+        f"functools.partial(torch.optim.Adam, lr=1e-3)), got {type(value).__name__}; Pyro's optimisers make one for "
         "each parameter, and belong to pyro.infer.SVI"
     )

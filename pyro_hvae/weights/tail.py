@@ -1,6 +1,6 @@
 r"""The tail of the weights, and the generalised Pareto distribution fitted to many tails at once.
 
-A tail is given as the M + 1 largest log-weights of each row in ascending order, relative to the row's largest: first
+A tail is the M + 1 largest log-weights of each row in ascending order, relative to the row's largest: first
 the cutoff, which is the largest weight below the tail, then the M weights of the tail, of which the last is 0.
 
 The distribution has the density :math:`\sigma^{-1}(1 + k y/\sigma)^{-1/k - 1}` at y > 0, with shape k and scale

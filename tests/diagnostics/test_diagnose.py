@@ -226,7 +226,7 @@ VERBS = {
     "active_units": lambda *a: active_units(*a),
     "calibrate": lambda *a: calibrate(*a, num_draws=19),
     "held_out": lambda *a: held_out(*a, num_draws=30),
-    "diagnose": lambda *a: diagnose(*a, num_draws=100, calibration=True, evidence=True, num_chains=4, betas=5),
+    "diagnose": lambda *a: diagnose(*a, num_draws=100, calibration=True, evidence={"num_chains": 4, "betas": 5}),
 }
 
 

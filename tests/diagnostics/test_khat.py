@@ -120,7 +120,7 @@ def test_local_latents_under_a_global_one_are_judged_given_it():
 
     found = khats(shared, guide, x, num_draws=500)
     assert found.joint == -torch.inf
-    assert found.given == ("g",)
+    assert found.conditioned_on == ("g",)
     assert found.plates == ("data",)
     assert (found.per_datum == -torch.inf).all()
     found = khats(shared, lambda x: guide(x, outer=0.2), x, num_draws=2000)

@@ -35,7 +35,7 @@ def test_a_narrow_guide_is_wrong_in_words():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x / 2, 0.25))
 
-    report = ph.diagnose(model, narrow, torch.randn(60), calibration=True, evidence=True, num_chains=8, betas=30)
+    report = ph.diagnose(model, narrow, torch.randn(60), calibration=True, evidence={"num_chains": 8, "betas": 30})
     assert report.worst == "wrong"
     assert report.findings[0].what.startswith("k-hat of each datum")
     assert "posterior_gap" in report.findings[0].advice
@@ -177,7 +177,7 @@ def test_the_bracket_of_an_auto_guide_is_in_nats_of_all_data():
             pyro.sample("y", dist.Normal(0.0, scale), obs=y)
 
     guide = AutoNormal(model, init_scale=0.4)
-    report = ph.diagnose(model, guide, torch.tensor([0.5, -1.0, 0.8]), evidence=True, num_chains=8, betas=20)
+    report = ph.diagnose(model, guide, torch.tensor([0.5, -1.0, 0.8]), evidence={"num_chains": 8, "betas": 20})
     (bracket,) = [finding for finding in report.findings if finding.what.startswith("log p(x) between")]
     assert "nats (estimate above)" in bracket.what
     with pytest.raises(ValueError, match="empty list"):

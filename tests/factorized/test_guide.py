@@ -205,7 +205,7 @@ class Wide(torch.nn.Module):
         (onehot, {}, "no family for site 'h' with support"),
         (flat, {}, "the posterior is improper: log p.* is quadratic in the 2 latent numbers"),
         (partial, {}, "plate 'data' shows 3 of 30 indices"),
-        (plain, {"families": {"a": dist.Normal(0.0, 1.0)}}, "families\\['a'\\] is .*must be a name, or a callable"),
+        (plain, {"families": {"a": dist.Normal(0.0, 1.0)}}, "families\\['a'\\] is .*; it must be a name"),
         (plain, {"families": {"a": lambda: dist.Normal(0.0, 1.0)}}, "makes a Normal, which is no module"),
         (plain, {"families": {"a": Wide}}, r"has event shape \(2,\), and the site \(\)"),
     ],

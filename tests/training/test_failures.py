@@ -83,14 +83,14 @@ def test_nan_behind_a_mask_is_no_nan_in_the_data(data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of epochs and steps"),
-        ({"epochs": 1, "steps": 1}, "exactly one of epochs and steps"),
+        ({}, "either epochs or steps"),
+        ({"epochs": 1, "steps": 1}, "either epochs or steps"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 1, "batch_size": 0}, "batch_size must be at least 1"),
         ({"steps": 1, "clip_norm": -1.0}, "clip_norm must be positive"),
         ({"steps": 1, "precision": "fp4"}, "precision must be None or 'bf16'"),
         ({"steps": 1, "ema": 1.0}, r"must be in \[0, 1\)"),
-        ({"steps": 1, "resume": True}, "resume=True goes on from a run_dir"),
+        ({"steps": 1, "resume": True}, "resume=True continues the run of run_dir"),
         ({"steps": 1, "tensorboard": True}, "tensorboard=True writes under run_dir"),
         ({"steps": 2.5}, "steps must be an integer, got 2.5"),
         ({"steps": math.nan}, "steps must be an integer, got nan"),
@@ -128,7 +128,7 @@ def test_pyro_optimisers_are_refused_with_the_reason(data):
         (lambda x: x, {"optimizer": torch.optim.LBFGS}, "call LBFGS.step"),
         (lambda x: x.float(), {}, r"the data are torch.float32 and the parameters torch.float64"),
         (lambda x: [3, 4], {"data_size": 2}, r"this one holds \['int'\]"),
-        (lambda x: x.sum(), {}, "a tensor of it has no dimension at all"),
+        (lambda x: x.sum(), {}, "one of the tensors has no dimension"),
     ],
     ids=["no batch", "lbfgs", "dtype", "integers", "no dimension"],
 )

@@ -13,10 +13,11 @@ and the optimiser's update is one call of torch's fused Adam.
 from pyro_hvae.training.compile.graph import FlatGraph, trace
 from pyro_hvae.training.compile.program import CompileMismatchError
 from pyro_hvae.training.compile.reads import NotTraceable
-from pyro_hvae.training.compile.step import CompiledStep, CompileWarning, compile_step
+from pyro_hvae.training.compile.step import CompiledStep, CompileOptions, CompileWarning, compile_step
 
 __all__ = [
     "CompileMismatchError",
+    "CompileOptions",
     "CompileWarning",
     "CompiledStep",
     "FlatGraph",

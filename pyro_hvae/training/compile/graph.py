@@ -36,7 +36,7 @@ class FlatGraph:
 
     Attributes:
         module: called with ``(*tensors, *inputs)``, returns ``(loss, *gradients)``.
-        tensors: what the program reads besides the batch: parameters, buffers, constants; the objects themselves.
+        tensors: the tensors that the program reads besides the batch: parameters, buffers, constants.
             Those that the program changes in place are changed in place by the graph.
         trained: the parameters that have a gradient, in the order of the gradients.
     """
@@ -65,7 +65,7 @@ def split_batch(args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[Tensor], C
 
 
 def batch_key(args: tuple, kwargs: Mapping[str, Any]) -> tuple:
-    """Return what a graph depends on of a batch: the layout of its tensors, the values of everything else.
+    """Return the key of a batch for its graph: the layouts of tensors, and all other values.
 
     Raises:
         TypeError: for a value that is neither a tensor nor hashable, such as a NumPy array.
@@ -120,7 +120,7 @@ def trace(
 
     with torch.random.fork_rng(), kept_buffers(objective), plain_programs():
         with torch.no_grad():
-            objective(*args, **kwargs)  # the first run fills caches and makes checks, which are no part of the graph
+            objective(*args, **kwargs)  # the first run fills caches and makes checks; the graph must not contain them
         before = attributes(objective)
         try:
             module = make_fx(run)(*[tensor.detach() for tensor in inputs])
@@ -145,8 +145,8 @@ def loss_and_gradients(
     """Return loss and gradients of a batch; None for parameters that the loss does not depend on."""
     with torch.enable_grad():
         loss = objective(*args, **kwargs)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return loss.detach(), [_like(gradient, p) for gradient, p in zip(found, parameters, strict=True)]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss.detach(), [_like(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
 
 
 def _like(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -173,7 +173,7 @@ def _refuse_changes(before: dict[tuple[str, str], Any], after: dict[tuple[str, s
 
 @contextmanager
 def plain_programs() -> Iterator[None]:
-    """Run programs without validation, which looks at values."""
+    """Run programs without validation, which reads values."""
     with pyro.validation_enabled(False):
         yield
 
@@ -228,7 +228,7 @@ def _lift(module: fx.GraphModule) -> list[Tensor]:
 
 
 def _draw_directly(module: fx.GraphModule) -> None:
-    """Draw standard normal noise by ``randn``, which compilers know, not by filling an empty tensor in place."""
+    """Draw standard normal noise by ``randn``, which compilers support, instead of filling an empty tensor."""
     graph = module.graph
     for node in list(graph.nodes):
         if (

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class CompileMismatchError(RuntimeError):
-    """A compiled step does not give what the program gives under the same noise."""
+    """Error: a compiled step and the program differ under the same noise."""
 
 
 class Program:
@@ -62,8 +62,8 @@ class Program:
 def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor], noise: str) -> Callable[..., Any]:
     """Compile a graph by Inductor.
 
-    The inputs are given as fake tensors of one mode with a shape environment: without one, Inductor keeps nothing on
-    disk, and every process compiles all graphs again.
+    The inputs are fake tensors of one mode with a shape environment: without one, Inductor has no cache on disk, and
+    every process compiles all graphs again.
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch
@@ -82,28 +82,28 @@ def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor], noise: str)
 
 
 def _owned(module: fx.GraphModule, keep_draws: bool) -> fx.GraphModule:
-    """Copy a graph for Inductor, which changes what it is given.
+    """Copy a graph for Inductor, which changes its input.
 
-    With ``keep_draws``, Bernoulli draws become the overload that Inductor leaves to torch; as ``rand < p``, which it
-    makes of the other, they would differ from torch's.
+    With ``keep_draws``, Bernoulli draws use the overload that Inductor leaves to torch; it replaces the other by
+    ``rand < p``, whose draws differ from torch's.
     """
     graph = copy.deepcopy(module.graph)
     for node in graph.nodes:
-        node.meta.clear()  # lines of the program would make the keys of the cache on disk depend on them
+        node.meta.clear()  # otherwise the keys of the cache on disk contain lines of the program
         if keep_draws and node.op == "call_function" and node.target is aten.bernoulli.default:
             node.target = aten.bernoulli.Tensor
             node.args = (node.args[0], node.args[0])
     return fx.GraphModule(module, graph)
 
 
-def same(what: str, labels: list[str], found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Compare tensors up to round-off, which a gradient that nearly cancels has from its larger parts.
+def same(what: str, labels: list[str], actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Compare tensors up to round-off, relative to the largest of them for gradients that nearly cancel.
 
     Raises:
         CompileMismatchError: naming the first that differs by more.
     """
     norms = [float(value.double().norm()) for value in expected]
-    for label, a, b, size in zip(labels, found, expected, norms, strict=True):
+    for label, a, b, size in zip(labels, actual, expected, norms, strict=True):
         epsilon = torch.finfo(b.dtype).eps
         distance = float((a.double() - b.double()).norm())
         if not distance <= max(1e-5, epsilon**0.5) * size + epsilon * max(norms) + 1e-12:

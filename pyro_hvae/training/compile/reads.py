@@ -41,7 +41,7 @@ class NotTraceable(RuntimeError):
     """Raised for a program whose operations depend on the values of its tensors, or that can't be traced.
 
     Attributes:
-        where: ``file:line`` of the program where it happened, as far as it is known.
+        where: ``file:line`` of the operation in the program, or a note that it is unknown.
     """
 
     def __init__(self, message: str, where: str) -> None:
@@ -83,7 +83,7 @@ class RefuseReads:
 
 
 class _Functions(TorchFunctionMode):
-    """Watch the functions of torch: some read values without an operator."""
+    """Intercept the functions of torch: some read values without an operator."""
 
     def __init__(self, owner: RefuseReads) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    """Watch the operators that torch calls."""
+    """Intercept the operators that torch calls."""
 
     def __init__(self, owner: RefuseReads) -> None:
         super().__init__()
@@ -124,11 +124,11 @@ def _shape_depends_on_values(func: Any, args: Any) -> bool:
 _PACKAGE = Path(__file__).resolve().parents[2]
 _TORCH, _PYRO, _NUMPY = (Path(str(module.__file__)).resolve().parent for module in (torch, pyro, numpy))
 _STDLIB = sysconfig.get_paths()["stdlib"]
-_LIBRARIES = [_TORCH, _PYRO, _NUMPY, *(_PACKAGE / name for name in ("training", "problem", "traces", "bounds"))]
+_LIBRARIES = [_TORCH, _PYRO, _NUMPY, *(_PACKAGE / name for name in ("training", "problem", "bounds"))]
 
 
 def line_of(error: BaseException) -> str:
-    """The innermost line of the program where an error was raised."""
+    """Return the innermost line of the program where an error was raised."""
     return _innermost(traceback.extract_tb(error.__traceback__))
 
 
@@ -137,14 +137,14 @@ def _in_standard_library(filename: str) -> bool:
 
 
 def _inside_trace(stack: traceback.StackSummary) -> list[traceback.FrameSummary]:
-    """The frames that the tracer called, without those that called the tracer."""
+    """Return the frames below the tracer, without those above it."""
     tracer = str(Path(__file__).with_name("graph.py"))
     start = max((index for index, frame in enumerate(stack) if frame.filename == tracer), default=-1)
     return list(stack)[start + 1 :]
 
 
 def _innermost(stack: Sequence[traceback.FrameSummary]) -> str:
-    """The innermost line of the program; of Pyro or this package, if no line of the program is in the stack."""
+    """Return the innermost line of the program; of Pyro or this package, if the stack has no line of the program."""
     frames = [frame for frame in stack if Path(frame.filename).is_absolute()]
     for hidden in (_LIBRARIES, [_TORCH, _NUMPY, Path(__file__).resolve().parent]):
         outside = [f for f in frames if not any(Path(f.filename).is_relative_to(root) for root in hidden)]

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,29 +24,21 @@ from pyro_hvae.training.compile.graph import (
 )
 from pyro_hvae.training.compile.program import Program, same
 from pyro_hvae.training.compile.reads import NotTraceable
-from pyro_hvae.training.compile.update import FusedAdam, clip
+from pyro_hvae.training.compile.update import FusedAdam, clip, missing_parameters
 from pyro_hvae.training.compile.watch import Watch
 
-__all__ = ["MAX_GRAPHS", "CompileWarning", "CompiledStep", "compile_step"]
+__all__ = ["MAX_GRAPHS", "CompileOptions", "CompileWarning", "CompiledStep", "compile_step"]
 
 MAX_GRAPHS = 32
-"""How many graphs one step makes; batches and states of modules beyond that run eagerly."""
+"""Largest number of graphs of one step; further batches and states of modules run eagerly."""
 
 
 class CompileWarning(UserWarning):
-    """A program can't be compiled, and runs eagerly instead."""
+    """Warning: a program can't be compiled, and runs eagerly instead."""
 
 
 def compile_step(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    example: Any,
-    *,
-    clip_norm: float | None = None,
-    backend: str = "inductor",
-    noise: str = "eager",
-    steps: int = 1,
-    check: bool = True,
+    objective: nn.Module, optimizer: torch.optim.Optimizer, example: Any, **options: Any
 ) -> CompiledStep:
     """Compile loss and gradient of a Pyro pair into one function of a batch, followed by the optimiser's update.
 
@@ -59,29 +52,23 @@ def compile_step(
         optimizer: over its parameters.  ``torch.optim.Adam`` and ``AdamW`` update by one call of torch's fused
             kernel; other optimisers make an eager ``step()`` on compiled gradients.  Hyper-parameters are read at
             every step.
-        example: a batch, as the step will be called with: a tensor, a tuple of arguments, or a mapping of keywords.
-        clip_norm: global norm that gradients are clipped to, positive and finite; None to leave them.
-        backend: ``"inductor"``, or ``"eager"`` to run the flat graph without compiling it.
-        noise: ``"eager"`` draws what the eager program would draw from the same generator state; ``"fused"`` draws
-            inside the compiled kernels, by another generator seeded from torch's: faster for many draws.
-        steps: how many steps one call makes, at least 1.  Above 1, every tensor of a batch has a further leading
-            dimension of that size, and the loss has shape ``(steps,)``.
-        check: compare each new graph with the eager program under the same noise, before its first step.
+        example: a batch of the step: a tensor, a tuple of arguments, or a mapping of keywords.
+        options: see :class:`CompileOptions`.
 
     Returns:
         ``step(x) -> loss``, a :class:`CompiledStep`; the loss is a 0-dim tensor.  A program that can't be traced
         runs eagerly, with one :class:`CompileWarning` that names the line.
 
     Raises:
-        CompileMismatchError: if the check fails; nothing has been changed then.
+        CompileMismatchError: if the check fails; nothing is changed then.
         TypeError: for a batch with values that are neither tensors nor hashable.
         ValueError: for invalid arguments, or an optimiser that misses parameters of the objective.
 
     A graph is made for one state of the objective's modules: another is made when ``train()`` or ``eval()`` is called,
     a parameter stops requiring its gradient or changes its layout, a submodule, parameter or buffer is replaced, or a
-    number or string among the attributes of a module changes.  At most 32 graphs are made, so what changes at every
-    step belongs in a buffer that is changed in place.  Other things that the program reads from Python (globals, lists,
-    attributes of objects that are no modules) are read once, while it is traced.
+    number or string among the attributes of a module changes.  At most 32 graphs are made, so keep values that
+    change at every step in a buffer that is changed in place.  Other values that the program reads from Python
+    (globals, lists, attributes of objects that are no modules) are read once, while it is traced.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -108,9 +95,7 @@ def compile_step(
         >>> round(objective.guide.slope.item(), 1)
         0.5
     """
-    step = CompiledStep(
-        objective, optimizer, clip_norm=clip_norm, backend=backend, noise=noise, steps=steps, check=check
-    )
+    step = CompiledStep(objective, optimizer, **options)
     if isinstance(example, Mapping):
         step.prepare((), example)
     else:
@@ -118,28 +103,60 @@ def compile_step(
     return step
 
 
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of a compiled step.
+
+    Attributes:
+        clip_norm: largest global norm of the gradients, positive and finite; None for any.
+        backend: ``"inductor"``, or ``"eager"`` to run the flat graph without compiling it.
+        noise: ``"eager"`` gives the eager program's draws from the same generator state; ``"fused"`` draws inside the
+            compiled kernels, by another generator seeded from torch's: faster for many draws.
+        steps: number of steps per call, at least 1.  Above 1, every tensor of a batch has a further leading dimension
+            of that size, and the loss has shape ``(steps,)``.
+        check: compare each new graph with the eager program under the same noise, before its first step.
+
+    Raises:
+        ValueError: for invalid values.
+    """
+
+    clip_norm: float | None = None
+    backend: str = "inductor"
+    noise: str = "eager"
+    steps: int = 1
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        steps, clip_norm = self.steps, self.clip_norm
+        if self.backend not in ("inductor", "eager"):
+            raise ValueError(f"backend must be 'inductor' or 'eager', got {self.backend!r}")
+        if self.noise not in ("eager", "fused"):
+            raise ValueError(f"noise must be 'eager' or 'fused', got {self.noise!r}")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+        if not isinstance(self.check, bool):
+            raise ValueError(f"check must be True or False, got {self.check!r}")
+        number = isinstance(clip_norm, (int, float)) and not isinstance(clip_norm, bool)
+        if clip_norm is not None and not (number and 0.0 < clip_norm < math.inf):
+            raise ValueError(f"clip_norm must be a positive finite number or None, got {clip_norm!r}")
+
+
 class CompiledStep:
     """A step of training, called with a batch; see :func:`compile_step`.
 
+    Args:
+        objective, optimizer: as for :func:`compile_step`.
+        options: of :class:`CompileOptions`.
+
     Attributes:
         fallback: why and where the program could not be traced; None if it could.
-        seconds: spent on tracing and compiling so far.
+        seconds: of tracing and compiling so far.
     """
 
-    def __init__(
-        self,
-        objective: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        clip_norm: float | None = None,
-        backend: str = "inductor",
-        noise: str = "eager",
-        steps: int = 1,
-        check: bool = True,
-    ) -> None:
-        _check_options(clip_norm, backend, noise, steps, check)
-        self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
-        self.backend, self.noise, self.steps, self.check = backend, noise, steps, check
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        chosen = CompileOptions(**options)
+        self.objective, self.optimizer, self.clip_norm = objective, optimizer, chosen.clip_norm
+        self.backend, self.noise, self.steps, self.check = chosen.backend, chosen.noise, chosen.steps, chosen.check
         self.fallback: str | None = None
         self.seconds = 0.0
         self._check_optimizer()
@@ -152,7 +169,7 @@ class CompiledStep:
 
     @property
     def graphs(self) -> int:
-        """How many graphs are kept: one for each layout of a batch and each state of the modules."""
+        """The number of graphs: one for each layout of a batch and each state of the modules."""
         return sum(map(len, self._by_state.values()))
 
     @property
@@ -193,11 +210,11 @@ class CompiledStep:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def apply(self, loss: Tensor) -> Tensor:
-        """Clip the gradients that :meth:`backward` has set, and let the optimiser step; return ``loss``."""
+        """Clip the gradients of :meth:`backward`, and update the parameters; return ``loss``."""
         if self.clip_norm is not None:
-            given = [(p, p.grad) for p in self.parameters if p.grad is not None]
-            clipped = clip([gradient for _, gradient in given], self.clip_norm)
-            for (parameter, _), gradient in zip(given, clipped, strict=True):
+            pairs = [(p, p.grad) for p in self.parameters if p.grad is not None]
+            clipped = clip([gradient for _, gradient in pairs], self.clip_norm)
+            for (parameter, _), gradient in zip(pairs, clipped, strict=True):
                 parameter.grad = gradient
         self.optimizer.step()
         return loss
@@ -205,7 +222,7 @@ class CompiledStep:
     # -- graphs
 
     def prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> Program | None:
-        """Compile for batches like this one, if that is not done yet; None if the program runs eagerly."""
+        """Return the compiled program for batches like this one; None if it runs eagerly."""
         if self.steps > 1:
             args, kwargs = next(self._slices(args, kwargs))
         return self._program(args, kwargs)
@@ -230,7 +247,7 @@ class CompiledStep:
         self._made += 1
         if self._made > MAX_GRAPHS:
             warnings.warn(
-                f"this step has made {MAX_GRAPHS} graphs, and what needs another runs eagerly: pass batches of fewer "
+                f"this step has made {MAX_GRAPHS} graphs; batches that need another run eagerly: pass batches of fewer "
                 "shapes, numbers that change as tensors, and keep what a module changes in buffers",
                 CompileWarning,
                 stacklevel=5,
@@ -245,7 +262,7 @@ class CompiledStep:
                 f"this program runs eagerly, since it can't be compiled: {self.fallback}", CompileWarning, stacklevel=5
             )
             return None
-        # The first run may have created parameters or buffers, and graphs of modules that were replaced are of no use.
+        # The first run may have created parameters or buffers; graphs of replaced modules are dropped.
         self._state = self._watch()
         generation = self._state[0]
         self._by_state = {state: programs for state, programs in self._by_state.items() if state[0] == generation}
@@ -271,7 +288,7 @@ class CompiledStep:
         return program
 
     def _slices(self, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, Mapping[str, Any]]]:
-        """The batches of one call."""
+        """Yield the batches of one call."""
         if self.steps == 1:
             yield args, kwargs
             return
@@ -290,15 +307,14 @@ class CompiledStep:
                 loss, gradients = loss_and_gradients(self.objective, flat.trained, args, kwargs)
         with torch.random.fork_rng(), kept_values(flat.tensors):
             torch.set_rng_state(noise)
-            found = flat(*_inputs(args, kwargs))
+            results = flat(*_inputs(args, kwargs))
         names = {id(p): name for name, p in self.objective.named_parameters()}
         labels = ["the loss", *(f"the gradient of {names.get(id(p), 'a parameter')}" for p in flat.trained)]
-        same("the flat graph", labels, found, [loss, *gradients])  # type: ignore[list-item]
+        same("the flat graph", labels, results, [loss, *gradients])  # type: ignore[list-item]
         return labels, noise
 
     def _check_optimizer(self) -> None:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        lost = [name for name, p in self.objective.named_parameters() if p.requires_grad and id(p) not in held]
+        lost = missing_parameters(self.optimizer, self.objective)
         if lost:
             raise ValueError(f"the optimizer does not hold {len(lost)} parameter(s) of the objective: {lost[:4]}")
 
@@ -307,17 +323,3 @@ def _inputs(args: tuple, kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
     if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
         return args
     return split_batch(args, kwargs)[0]
-
-
-def _check_options(clip_norm: Any, backend: Any, noise: Any, steps: Any, check: Any) -> None:
-    if backend not in ("inductor", "eager"):
-        raise ValueError(f"backend must be 'inductor' or 'eager', got {backend!r}")
-    if noise not in ("eager", "fused"):
-        raise ValueError(f"noise must be 'eager' or 'fused', got {noise!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
-    if not isinstance(check, bool):
-        raise ValueError(f"check must be True or False, got {check!r}")
-    number = isinstance(clip_norm, (int, float)) and not isinstance(clip_norm, bool)
-    if clip_norm is not None and not (number and 0.0 < clip_norm < math.inf):
-        raise ValueError(f"clip_norm must be a positive finite number or None, got {clip_norm!r}")

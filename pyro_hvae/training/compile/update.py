@@ -7,9 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["FusedAdam", "clip", "is_adam"]
+__all__ = ["FusedAdam", "clip", "is_adam", "missing_parameters"]
+
+
+def missing_parameters(optimizer: torch.optim.Optimizer, objective: nn.Module) -> list[str]:
+    """Return the names of the objective's trainable parameters that an optimiser does not hold."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in held]
 
 
 def is_adam(optimizer: torch.optim.Optimizer) -> bool:
@@ -31,10 +37,10 @@ class _Part:
 
 
 class FusedAdam:
-    """Move given parameters by given gradients with torch's fused Adam.
+    """Update parameters by gradients with torch's fused Adam.
 
     The moments and step counts are those of the optimiser, and every hyper-parameter is read at each call, so eager
-    steps, ``state_dict()``, ``load_state_dict()`` and schedulers of any hyper-parameter work as they do without it.
+    steps, ``state_dict()``, ``load_state_dict()`` and schedulers of any hyper-parameter work as usual.
     Calling the kernel directly saves most of the Python code of ``optimizer.step()``.  The step counts of all
     parameters become elements of one tensor, so that one addition advances them all.
 
@@ -51,21 +57,21 @@ class FusedAdam:
         self.reset()
 
     def applies(self) -> bool:
-        """Return whether the kernel does at this moment what ``optimizer.step()`` would do."""
+        """Return whether the kernel has the effect of ``optimizer.step()`` at present."""
         optimizer = self.optimizer
         if not self._fits or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return False
-        return all(self._knows(group) for group in optimizer.param_groups)
+        return all(self._supports(group) for group in optimizer.param_groups)
 
-    def _knows(self, group: dict[str, Any]) -> bool:
-        """Whether the kernel has all options of a parameter group."""
+    def _supports(self, group: dict[str, Any]) -> bool:
+        """Whether the kernel supports all options of a parameter group."""
         if group.get("amsgrad") or group.get("differentiable") or isinstance(group["lr"], Tensor):
             return False
-        # The kernel wants step counts on the device; torch's unfused Adam keeps them on the host.
+        # The kernel needs step counts on the device; torch's unfused Adam keeps them on the host.
         return self._on_host or bool(group.get("fused") or group.get("capturable"))
 
     def reset(self) -> None:
-        """Take note of another layout of the parameters, and look up the optimiser's state at the next step."""
+        """Read the layout of the parameters again, and the optimiser's state at the next step."""
         self._state: Any = None
         self._fits = is_adam(self.optimizer) and all(map(_dense, self.parameters))
         self._on_host = all(parameter.device.type == "cpu" for parameter in self.parameters)
@@ -76,7 +82,7 @@ class FusedAdam:
         optimizer = self.optimizer
         if self._state is not optimizer.state or self._groups is not optimizer.param_groups or self._replaced():
             self._prepare()
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step has been made
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers check whether a step has been made
         for part in self._parts:
             group, states = part.group, part.states
             beta1, beta2 = group["betas"]
@@ -98,7 +104,7 @@ class FusedAdam:
             )
 
     def _replaced(self) -> bool:
-        """Whether somebody else has emptied the optimiser's state or put other step counts there."""
+        """Whether the optimiser's state has been emptied, or has other step counts."""
         if not self.optimizer.state:
             return True
         return not all(
@@ -136,7 +142,7 @@ class FusedAdam:
 
 
 def _aligned(moment: Tensor, parameter: Tensor, name: str) -> Tensor:
-    """Give a moment the memory layout of its parameter; the kernel runs over the memory of both and checks nothing."""
+    """Give a moment the memory layout of its parameter; the kernel does not check the layouts."""
     if moment.shape != parameter.shape:
         raise ValueError(
             f"the optimizer holds {name} of shape {tuple(moment.shape)} for a parameter of shape "
@@ -148,7 +154,7 @@ def _aligned(moment: Tensor, parameter: Tensor, name: str) -> Tensor:
 
 
 def _dense(parameter: Tensor) -> bool:
-    """Whether the kernel can run over the memory of a parameter from beginning to end."""
+    """Whether the memory of a parameter is dense, as the kernel needs it."""
     same = torch.empty_like(parameter, memory_format=torch.preserve_format, device="meta").stride()
     return parameter.is_floating_point() and parameter.stride() == same
 

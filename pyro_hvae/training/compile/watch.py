@@ -1,8 +1,8 @@
-"""Notice when something that a graph depends on has changed: modules, parameters, numbers kept in modules.
+"""Detect changes of the state that a graph depends on: modules, parameters, numbers in modules.
 
-A graph holds what the program read from Python while it was traced.  So it belongs to one state of the modules: the
-submodules, parameters and buffers that they hold, which parameters require a gradient, where the memory of the
-parameters is, and the numbers and strings among the attributes of the modules (``training``, the rate of a dropout,
+A graph contains the values that the program read from Python while it was traced.  So it belongs to one state of the
+modules: their submodules, parameters and buffers, which parameters require a gradient, the addresses of the
+parameters, and the numbers and strings among the attributes of the modules (``training``, the rate of a dropout,
 a weight that is annealed).
 """
 
@@ -23,12 +23,12 @@ _requires_grad = attrgetter("requires_grad")
 
 def attributes(objective: Any) -> dict[tuple[str, str], Any]:
     """Return the numbers, strings and buffers of all modules, by the name of the module and of the attribute."""
-    found: dict[tuple[str, str], Any] = {}
+    values: dict[tuple[str, str], Any] = {}
     if isinstance(objective, nn.Module):
         for path, module in objective.named_modules():
-            found.update({(path, name): value for name, value in _plain(module)})
-            found.update({(path, name): buffer for name, buffer in module._buffers.items()})
-    return found
+            values.update({(path, name): value for name, value in _plain(module)})
+            values.update({(path, name): buffer for name, buffer in module._buffers.items()})
+    return values
 
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -40,13 +40,13 @@ def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
 class Watch:
     """Describe the present state of an objective, at a cost of a few microseconds.
 
-    Each call compares what is held with what was held at the last call, and looks closer only after a change.
+    Each call compares the objects with those of the last call, and derives a new state only after a change.
 
     Args:
-        objective: the module whose state it is.
+        objective: the module.
 
     Attributes:
-        generation: how often modules, parameters or buffers were found to have been replaced.
+        generation: number of replacements of modules, parameters or buffers so far.
     """
 
     def __init__(self, objective: nn.Module) -> None:
