@@ -199,7 +199,7 @@ def demo(
     trained: dict[str, Any] = {}
     results: dict[str, Any] = {"baseline": float(baseline.mean()), "seconds": seconds, "seed": seed, "models": {}}
     for name, build in pairs.items():
-        _forget(out / name)
+        _remove_run(out / name)
         torch.manual_seed(seed)
         model, guide = build()
         clock = Clock(seconds, rate=2e-3, label=name if progress else None)
@@ -341,7 +341,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _forget(run_dir: Path) -> None:
+def _remove_run(run_dir: Path) -> None:
     """Remove the run directory of an earlier demonstration, and nothing else."""
     if (run_dir / "config.json").exists():
         shutil.rmtree(run_dir)

@@ -27,6 +27,7 @@ class Pair:
         exact: whether the guide is the exact posterior.
         moved: a Delta site of the guide through which parameters move a draw, so that log q can't be held.
         plain: a pair with the same weights that Pyro alone can evaluate, where the pair itself is none.
+        rows: for each argument the dim along which the programs take any number of data; None where they take one.
     """
 
     model: Callable
@@ -42,6 +43,7 @@ class Pair:
     exact: bool = False
     moved: str = ""
     plain: tuple[Callable, Callable] | None = None
+    rows: tuple[int, ...] | None = (0,)
 
 
 PAIRS: dict[str, Callable[[], Pair]] = {}

@@ -172,13 +172,13 @@ def by_hand() -> Pair:
 
 def nested(size: int, columns: int, whole: int | None = None) -> Pair:
     def model(x):
-        with data(size, name="rows", dim=-2):
+        with data(x.shape[-2], name="rows", dim=-2):
             a = pyro.sample("a", dist.Normal(zeros(), 1.0))
-            with data(columns, whole, "columns", -1):
+            with data(x.shape[-1], whole, "columns", -1):
                 pyro.sample("x", dist.Normal(a, spread("noise", 2.0)), obs=x)
 
     def guide(x):
-        with data(size, name="rows", dim=-2):
+        with data(x.shape[-2], name="rows", dim=-2):
             pyro.sample("a", dist.Normal(slope("a_loc", 0.4) * x.mean(-1, keepdim=True), spread("a_sd", 0.8)))
 
     x = torch.randn(size, columns) + torch.randn(size, 1)
@@ -202,12 +202,12 @@ def nested_all() -> Pair:
     """Every site in both plates: a datum is an entry of the matrix."""
 
     def model(x):
-        with data(3, 6, "rows", -2), data(4, 8, "columns", -1):
+        with data(x.shape[-2], 6, "rows", -2), data(x.shape[-1], 8, "columns", -1):
             z = pyro.sample("z", dist.Normal(zeros(), 1.0))
             pyro.sample("x", dist.Normal(z, 0.8), obs=x)
 
     def guide(x):
-        with data(3, 6, "rows", -2), data(4, 8, "columns", -1):
+        with data(x.shape[-2], 6, "rows", -2), data(x.shape[-1], 8, "columns", -1):
             pyro.sample("z", dist.Normal(slope("gain", 0.4) * x, spread("sd", 0.7)))
 
     x = torch.randn(3, 4)
@@ -274,24 +274,27 @@ def minibatch() -> Pair:
 @pair
 def masked() -> Pair:
     """Two sites observed a datum, each missing at places; one datum has neither."""
-    seen = torch.tensor([[True, True, False, False], [True, False, True, False]])
+    given = torch.tensor([[True, True, False, False], [True, False, True, False]])
+
+    def seen(x):
+        return given[:, torch.arange(len(x)) % 4]
 
     def model(x, y):
         with data(len(x)):
             z = pyro.sample("z", dist.Normal(zeros(), 1.0))
-            pyro.sample("x", dist.Normal(slope("on_x", 1.0) * z, 0.7).mask(seen[0]), obs=x)
-            with poutine.mask(mask=seen[1]):
+            pyro.sample("x", dist.Normal(slope("on_x", 1.0) * z, 0.7).mask(seen(x)[0]), obs=x)
+            with poutine.mask(mask=seen(x)[1]):
                 pyro.sample("y", dist.Normal(z, 0.9), obs=y)
 
     def guide(x, y):
         with data(len(x)):
-            shown = torch.where(seen[0], x, zeros()) + torch.where(seen[1], y, zeros())
+            shown = torch.where(seen(x)[0], x, zeros()) + torch.where(seen(x)[1], y, zeros())
             pyro.sample("z", dist.Normal(slope("gain", 0.4) * shown, spread("sd", 0.7)))
 
     x, y = torch.randn(4), torch.randn(4)
     both = gaussian(torch.stack([x, y], -1), torch.tensor([[1.49, 1.0], [1.0, 1.81]]))
     evidence = torch.stack([both[0], normal(x, 0.0, 1.49**0.5)[1], normal(y, 0.0, 1.81**0.5)[2], torch.zeros(())])
-    return Pair(model, guide, (x, y), log_evidence=evidence)
+    return Pair(model, guide, (x, y), log_evidence=evidence, rows=(0, 0))
 
 
 @pair
@@ -299,25 +302,28 @@ def ragged() -> Pair:
     """Sequences of lengths 3, 1, 2 in one tensor; what is past the end is masked in both programs."""
     lengths = torch.tensor([3, 1, 2])
 
+    def unmasked(t, x):
+        return t < lengths[torch.arange(x.shape[1]) % 3]
+
     def model(x):
-        with data(3, name="sequences"):
-            z = torch.zeros(3)
+        with data(x.shape[1], name="sequences"):
+            z = torch.zeros(x.shape[1])
             for t in pyro.markov(range(3)):
-                with poutine.mask(mask=t < lengths):
+                with poutine.mask(mask=unmasked(t, x)):
                     z = pyro.sample(f"z_{t}", dist.Normal(slope("decay", 0.8) * z, 1.0))
                     pyro.sample(f"x_{t}", dist.Normal(z, 0.5), obs=x[t])
 
     def guide(x):
-        with data(3, name="sequences"):
+        with data(x.shape[1], name="sequences"):
             for t in range(3):
-                with poutine.mask(mask=t < lengths):
+                with poutine.mask(mask=unmasked(t, x)):
                     pyro.sample(f"z_{t}", dist.Normal(slope("gain", 0.7) * x[t], spread("sd", 0.5)))
 
     x = torch.randn(3, 3)
     steps = torch.tensor([[1.0, 0.0, 0.0], [0.8, 1.0, 0.0], [0.64, 0.8, 1.0]])
     covariance = steps @ steps.T + 0.25 * torch.eye(3)
     evidence = torch.stack([gaussian(x[:n, i], covariance[:n, :n]) for i, n in enumerate(lengths.tolist())])
-    return Pair(model, guide, (x,), log_evidence=evidence)
+    return Pair(model, guide, (x,), log_evidence=evidence, rows=(1,))
 
 
 @pair
@@ -344,22 +350,23 @@ def several_plates() -> Pair:
     """One site observed in the data plate, another in it and a second one, a third drawn inside of both."""
 
     def model(x, y):
-        with data(4):
+        with data(len(y)):
             z = pyro.sample("z", dist.Normal(zeros(), 1.0))
             pyro.sample("y", dist.Normal(slope("on_y", 1.0) * z, 1.0), obs=y)
-            with data(2, name="features", dim=-2):
+            with data(len(x), name="features", dim=-2):
                 u = pyro.sample("u", dist.Normal(z, 0.5))
                 pyro.sample("x", dist.Normal(u, 0.5), obs=x)
 
     def guide(x, y):
-        with data(4):
+        with data(len(y)):
             z = pyro.sample("z", dist.Normal(slope("gain", 0.3) * (y + x.sum(0)), spread("sd", 0.7)))
-            with data(2, name="features", dim=-2):
+            with data(len(x), name="features", dim=-2):
                 pyro.sample("u", dist.Normal(0.5 * (x + z), spread("u_sd", 0.45)))
 
     x, y = torch.randn(2, 4), torch.randn(4)
     covariance = torch.diag(torch.tensor([1.0, 0.5, 0.5])) + 1.0
-    return Pair(model, guide, (x, y), log_evidence=gaussian(torch.cat([y[None], x]).T, covariance))
+    evidence = gaussian(torch.cat([y[None], x]).T, covariance)
+    return Pair(model, guide, (x, y), log_evidence=evidence, rows=(1, 0))
 
 
 @pair
@@ -468,7 +475,7 @@ def auto_multivariate() -> Pair:
         a = pyro.sample("a", dist.Normal(zeros(), 1.0))
         b = pyro.sample("b", dist.Normal(zeros(), 1.0))
         with data(len(x)):
-            pyro.sample("x", dist.Normal(a + b * covariate, 1.0), obs=x)
+            pyro.sample("x", dist.Normal(a + b * covariate[torch.arange(len(x)) % 4], 1.0), obs=x)
 
     x = torch.randn(4)
     guide = AutoMultivariateNormal(
@@ -493,4 +500,4 @@ def eight_schools() -> Pair:
 
     start = {"mu": torch.tensor(4.4), "tau": torch.tensor(2.2), "eta": torch.zeros(8)}
     guide = AutoNormal(model, init_loc_fn=init_to_value(values=start), init_scale=0.9)
-    return Pair(model, guide, (y,), log_evidence=torch.tensor(-31.3114), dims=(), shareable=True)
+    return Pair(model, guide, (y,), log_evidence=torch.tensor(-31.3114), dims=(), shareable=True, rows=None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_hvae.problem import Problem, Run, Structure, problem_of
 from pyro_hvae.problem.checks import check_particles
-from pyro_hvae.problem.isolation import isolated
+from pyro_hvae.problem.isolation import evaluating, isolated
 from pyro_hvae.problem.parameters import check_trained, make_registrable
 
 __all__ = ["Bound", "Estimate", "Evaluable", "Evaluation", "Objective", "Treatment"]
@@ -165,7 +165,10 @@ class Objective(ELBO, nn.Module, metaclass=abc.ABCMeta):
         return self._differentiable(problem_of(model, guide, args, kwargs, training=True), "module")[0]
 
     def loss(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss as a 0-dim tensor without a gradient, with modules in evaluation mode."""
+        """Return the loss as a 0-dim tensor without a gradient, with modules in evaluation mode.
+
+        As with Pyro's own ELBOs, parameters that the programs make stay in Pyro's store, and generators advance.
+        """
         with torch.no_grad():
             estimate = self.estimate(problem_of(model, guide, args, kwargs))
             return estimate.loss(estimate.value)
@@ -231,6 +234,7 @@ class Evaluable(Objective):
     def evaluate(self, problem: Problem) -> Evaluation:
         """Return value and terms from the same draws; nats, shape of the plates."""
 
+    @evaluating()
     def per_datum(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """Return the estimate for each datum, in nats, without gradient.
 
@@ -240,6 +244,7 @@ class Evaluable(Objective):
         with torch.no_grad():
             return self.evaluate(problem_of(model, guide, args, kwargs)).value
 
+    @evaluating()
     def terms(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the parts of the estimate for each datum, in nats, without gradient."""
         with torch.no_grad():

@@ -13,7 +13,7 @@ Reference: Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.distributions import kl_divergence
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluation
 from pyro_hvae.bounds.capability import check_capable, check_data, check_same_process, data_of
 from pyro_hvae.problem import Problem
-from pyro_hvae.problem.isolation import RUNNING, evaluation_mode
+from pyro_hvae.problem.isolation import RUNNING, evaluating, evaluation_mode, kept_buffers, noted_parameters
 
 __all__ = ["DiffusionELBO", "SimpleDiffusionLoss"]
 
@@ -100,6 +100,7 @@ class DiffusionELBO(Bound):
         terms, _, scale = self._visit(problem)
         return Evaluation(_bound(terms), terms, scale=scale)
 
+    @evaluating()
     def per_layer(
         self, model: Any, guide: Any, x: Tensor, *, num_layers: int = 50, context: Any = None
     ) -> tuple[Tensor, Tensor]:
@@ -133,7 +134,7 @@ class DiffusionELBO(Bound):
 
             model(visit=inside_model)
 
-        with torch.no_grad(), RUNNING, evaluation_mode(model, guide):
+        with RUNNING, torch.no_grad(), evaluation_mode(model, guide), kept_buffers(model, guide), noted_parameters():
             guide(x, visit=inside_guide)
         return upper, torch.stack(terms)
 
@@ -154,9 +155,12 @@ class DiffusionELBO(Bound):
 
             inner.append(poutine.trace(model).get_trace(visit=inside_model))
 
-        mode = nullcontext() if problem.training else evaluation_mode(model, guide)
         try:
-            with RUNNING, mode:
+            with RUNNING, ExitStack() as stack:
+                if not problem.training:
+                    stack.enter_context(evaluation_mode(model, guide))
+                    stack.enter_context(kept_buffers(model, guide))
+                    stack.enter_context(noted_parameters())
                 guide_trace = poutine.trace(guide).get_trace(x, visit=inside_guide)
         except (ValueError, RuntimeError):
             for chain in chains:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from pyro_hvae.bounds.base import Estimate, Evaluable, Evaluation
 from pyro_hvae.bounds.importance import IWELBO
 from pyro_hvae.bounds.weighted import softmax_of, weighted_mean
 from pyro_hvae.problem import Problem, Run, problem_of
-from pyro_hvae.problem.isolation import kept_buffers, kept_generators
+from pyro_hvae.problem.isolation import RUNNING, evaluating, kept_buffers, kept_generators
 from pyro_hvae.problem.parameters import frozen, param_sites
 from pyro_hvae.weights import effective_sample_size
 
@@ -74,10 +75,13 @@ class _FromAbove(Evaluable):
             )
 
     def _of_model(self, problem: Problem) -> list[Tensor]:
-        """Return the parameters of the model; a plain function is run once to list them."""
+        """Return the parameters of the model; a plain function is run once to list them.
+
+        Those that this run makes stay in Pyro's store, so that the run which follows reads the same tensors.
+        """
         if isinstance(problem.model, nn.Module):
             return list(problem.model.parameters())
-        with kept_generators(), kept_buffers(problem.model, problem.guide):
+        with RUNNING, torch.no_grad(), kept_generators(), poutine.block(), kept_buffers(problem.model, problem.guide):
             return list(param_sites(problem.run().model_trace).values())
 
     def evaluate(self, problem: Problem) -> Evaluation:
@@ -155,6 +159,7 @@ class EUBO(_FromAbove):
         return weighted_mean(softmax_of(log_weights), log_weights)
 
     @staticmethod
+    @evaluating()
     def from_posterior(model: Any, guide: Any, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the mean log-weight at posterior draws, an upper bound in expectation if they are exact.
 

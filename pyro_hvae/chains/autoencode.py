@@ -7,13 +7,14 @@ The encoder of x is q(z | x), the decoder of z is p(x | z). With both,
     \mathrm{impute}(x_{obs}) \sim \int p(x_{mis} \mid z)\, q(z \mid x_{obs})\, dz
 
 The second is the exact predictive distribution of the missing entries where the guide is the exact posterior
-given the observed ones, and otherwise as good as the guide. All run without gradients. Draws are a leading
-dim: ``num_draws=S`` gives (S, N, ...), ``None`` one draw without that dim.
+given the observed ones, and otherwise as good as the guide. All run without gradients and in evaluation
+mode. Draws are a leading dim: ``num_draws=S`` gives (S, N, ...), ``None`` one draw without that dim.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -67,7 +68,7 @@ def encode(
         >>> encode(guide, torch.zeros(3, 6), num_draws=5)["z1"].shape
         torch.Size([5, 3, 2])
     """
-    with torch.no_grad(), _Means() if mean else nullcontext(), _draws(num_draws):
+    with torch.no_grad(), _evaluated(guide), _Means() if mean else nullcontext(), _draws(num_draws):
         trace = poutine.trace(guide).get_trace(x, context=context, mask=mask)
     return {site: trace.nodes[site]["value"] for site in trace.stochastic_nodes if site != guide.plate_name}
 
@@ -181,6 +182,20 @@ def impute(
     return torch.where(seen, x, drawn.to(x.dtype))
 
 
+@contextmanager
+def _evaluated(chain: TopDown | BottomUp | Ladder) -> Iterator[None]:
+    """Run a chain in evaluation mode; modules that were in training mode return to it."""
+    held = chain.model.modules() if isinstance(chain, Ladder) else ()
+    changed = [module for module in {*chain.modules(), *held} if module.training]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
 def _draws(num_draws: int | None) -> Any:
     if num_draws is None:
         return nullcontext()
@@ -201,7 +216,7 @@ def _likelihood(
         lead = value.shape[: value.dim() - _event_dim(model, site)]
         size = lead[-1]
         num_draws = lead[-2] if len(lead) > 1 else None
-    with ExitStack() as stack:
+    with _evaluated(model), ExitStack() as stack:
         stack.enter_context(_draws(num_draws))
         stack.enter_context(poutine.condition(data=latents))
         trace = poutine.trace(model).get_trace(size=size, context=context)

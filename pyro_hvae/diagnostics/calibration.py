@@ -104,7 +104,10 @@ class Calibration:
         import xarray as xr
 
         values = {
-            name: (("chain", "draw", *(f"{name}_dim_{i}" for i in range(ranks.ndim - 1))), self._shares(ranks)[None])
+            name: (
+                ("chain", "draw", *(f"{name}_dim_{i}" for i in range(ranks.ndim - 1))),
+                ((ranks + 0.5) / (self.num_draws + 1))[None],
+            )
             for name, ranks in self.ranks.items()
         }
         data = xr.Dataset(values, attrs={"num_draws": self.num_draws})
@@ -120,9 +123,6 @@ class Calibration:
             return f"{head}: all ranks uniform"
         lines = [f"  {name}: {words}" for name, words in failures.items()]
         return "\n".join([f"{head}: {len(failures)} not uniform", *lines])
-
-    def _shares(self, ranks: np.ndarray) -> np.ndarray:
-        return (ranks + 0.5) / (self.num_draws + 1)
 
 
 @of_pair

@@ -22,6 +22,7 @@ from pyro_hvae.diagnostics.groups import Groups
 from pyro_hvae.diagnostics.sources import Source, problems_of, sources_of, sources_of_sampler
 from pyro_hvae.diagnostics.stores import open_store
 from pyro_hvae.problem import Problem
+from pyro_hvae.problem.isolation import evaluating
 from pyro_hvae.weights import chunks
 
 __all__ = ["GROUPS", "collect", "to_datatree"]
@@ -44,6 +45,7 @@ CHUNK_BYTES = 2**25
 """Bytes of values and densities that run at once by default."""
 
 
+@evaluating()
 def to_datatree(
     model: Any,
     guide: Any = None,

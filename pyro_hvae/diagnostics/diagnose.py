@@ -23,6 +23,7 @@ from pyro_hvae.diagnostics.sources import Source, problems_of, sources_of
 from pyro_hvae.diagnostics.weights import resample
 from pyro_hvae.evidence import evidence_sandwich
 from pyro_hvae.problem import Problem
+from pyro_hvae.problem.isolation import evaluating
 from pyro_hvae.weights import effective_sample_size
 
 __all__ = ["diagnose"]
@@ -33,6 +34,7 @@ _GROUP_BYTES = 2**28
 Numbers = dict[str, Any]
 
 
+@evaluating()
 def diagnose(
     model: Any,
     guide: Any = None,

@@ -129,16 +129,13 @@ _P_GROUPS = {
 def _add_log_q(stats: dict[str, np.ndarray], run: Run, sites: TreeSites, name: str, values: np.ndarray) -> None:
     """Add a density of the guide under the name of the latent that it belongs to."""
     of = name.removesuffix("_unconstrained")
-    if sites[name].role == "auxiliary" and of in sites and values.shape[1:] == _batch(sites, of):
+    batch = tuple(plate.size for plate in sites[of].plates) if of in sites else None
+    if sites[name].role == "auxiliary" and values.shape[1:] == batch:
         name = of  # the other part is the change of variables
     elif run.structure.sites[name].guide_distribution == "Delta" and f"{name}_unconstrained" not in sites:
         return  # computed from another site of the guide, which has the density
     label = f"log_q_{name}"
     stats[label] = stats[label] + values if label in stats else values
-
-
-def _batch(sites: TreeSites, name: str) -> tuple[int, ...]:
-    return tuple(plate.size for plate in sites[name].plates)
 
 
 def _totals(sums: Mapping[str, Tensor], run: Run, weighed: bool) -> dict[str, np.ndarray]:

@@ -169,9 +169,10 @@ def refine(
     for step in trange(num_steps, disable=not progress, desc="refining", unit="step"):
         fraction = step / num_steps
         optimizer.param_groups[0]["lr"] = learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
-        weights = refined.run(num_particles).log_weights
-        # The data share no free parameter, so the gradient of the sum is that of each.
-        slopes = torch.autograd.grad(-weights.mean(0).sum(), free)
+        with torch.enable_grad():
+            weights = refined.run(num_particles).log_weights
+            # The data share no free parameter, so the gradient of the sum is that of each.
+            slopes = torch.autograd.grad(-weights.mean(0).sum(), free)
         for parameter, slope in zip(free, slopes, strict=True):
             parameter.grad = slope.nan_to_num()
         optimizer.step()

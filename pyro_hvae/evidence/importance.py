@@ -187,14 +187,6 @@ def _of_weights(weights: Tensor, method: str) -> Evidence:
     )
 
 
-def _importance(problem: Problem, sampling: Sampling) -> Evidence:
-    return _of_weights(draw_log_weights(problem, sampling), "importance")
-
-
-def _prior(problem: Problem, sampling: Sampling) -> Evidence:
-    return _of_weights(draw_log_weights(drawn_prior(problem), sampling), "prior")
-
-
 def _bayes(problem: Problem, sampling: Sampling) -> Evidence:
     r"""Return log p(x, z*) less log p(z*|x), with p(z*|x) = q(z*) E_post[a(z, z*)] / E_q[a(z*, z)].
 
@@ -254,8 +246,8 @@ def _exact(problem: Problem) -> Evidence:
 
 
 _METHODS: dict[str, Callable[[Problem, Sampling], Evidence]] = {
-    "importance": _importance,
-    "prior": _prior,
+    "importance": lambda problem, sampling: _of_weights(draw_log_weights(problem, sampling), "importance"),
+    "prior": lambda problem, sampling: _of_weights(draw_log_weights(drawn_prior(problem), sampling), "prior"),
     "bayes": _bayes,
     "annealed": _annealed,
     "enumerate": lambda problem, _: _enumerate(problem),

@@ -27,7 +27,6 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -38,7 +37,7 @@ from pyro_hvae.problem.isolation import isolated
 from pyro_hvae.problem.parameters import graph_leaves
 from pyro_hvae.problem.structure import Structure
 
-__all__ = ["Dependencies", "dependencies_of", "read_observations"]
+__all__ = ["Dependencies", "dependencies_of"]
 
 Edges = dict[str, frozenset[str]]
 
@@ -229,18 +228,3 @@ def _parameters(fn: Any) -> list[Tensor]:
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
     return tensors
-
-
-def read_observations(trace_of: Callable[[list[Tensor]], Trace], observed: list[Tensor]) -> Edges:
-    """Return the observed arguments, by position, that each site's distribution depends on.
-
-    Args:
-        trace_of: runs the model with these tensors in the place of the observed arguments.
-        observed: the arguments.
-    """
-    marked = [ProvenanceTensor(value.detach(), frozenset({str(i)})) for i, value in enumerate(observed)]
-    tracker = _Provenance()
-    tracker.marking = False
-    with torch.no_grad(), pyro.validation_enabled(False), tracker:
-        trace_of(marked)
-    return tracker.edges

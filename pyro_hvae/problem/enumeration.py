@@ -28,6 +28,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.problem.structure import PARTICLES, Structure, plates_of, sample_sites, user_scale
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Enumerated:
                     trace.nodes[name].pop(computed, None)
                 if name in marked:
                     trace.nodes[name]["fn"] = _unmasked(site["fn"])
-            with pyro.validation_enabled(False):
+            with RUNNING, pyro.validation_enabled(False):
                 trace.compute_log_prob()
         guide_trace.pack_tensors()
         model_trace.pack_tensors(guide_trace.plate_to_symbol)

@@ -21,7 +21,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_hvae.problem.isolation import RUNNING, evaluation_mode, forget_parameters, kept_buffers, no_statistics
+from pyro_hvae.problem.isolation import (
+    RUNNING,
+    evaluation_mode,
+    forget_parameters,
+    kept_buffers,
+    no_statistics,
+    noted_parameters,
+)
 from pyro_hvae.problem.parameters import frozen, trainable
 from pyro_hvae.problem.plates import Layout
 from pyro_hvae.problem.structure import PARTICLES, Structure, is_deterministic, is_factor, sample_sites
@@ -141,13 +148,13 @@ def _bare(program: Program) -> Program:
 def _with_own_parameters(program: PyroModule, *args: Any, **kwargs: Any) -> Any:
     """Call a module so that its statements read its own parameters, not others of the same names in the store."""
     store = pyro.get_param_store()
-    aside = {name: (store._params[name], store._constraints[name]) for name in _own_names(program)}
-    forget_parameters(store, aside)
+    shadowed = {name: (store._params[name], store._constraints[name]) for name in _own_names(program)}
+    forget_parameters(store, shadowed)
     try:
         return program(*args, **kwargs)
     finally:
         forget_parameters(store, _own_names(program))
-        for name, (parameter, constraint) in aside.items():
+        for name, (parameter, constraint) in shadowed.items():
             store._params[name], store._constraints[name] = parameter, constraint
             store._param_to_name[parameter] = name
 
@@ -247,6 +254,7 @@ class Call:
             if not programs.training:
                 stack.enter_context(evaluation_mode(programs.model, programs.guide))
                 stack.enter_context(kept_buffers(programs.model, programs.guide))
+                stack.enter_context(noted_parameters())
             elif replayed:
                 stack.enter_context(no_statistics(programs.model, programs.guide))
             yield stack

@@ -25,9 +25,11 @@ __all__ = [
     "isolated",
     "kept_buffers",
     "kept_generators",
+    "kept_host_generators",
     "kept_store",
     "modules_of",
     "no_statistics",
+    "noted_parameters",
     "unchanged",
 ]
 
@@ -64,12 +66,13 @@ def modules_of(*programs: Any) -> list[nn.Module]:
 def kept_generators() -> Iterator[None]:
     """Restore torch's, numpy's and Python's generators afterwards."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), _kept_host_generators():
+    with torch.random.fork_rng(devices=devices), kept_host_generators():
         yield
 
 
 @contextmanager
-def _kept_host_generators() -> Iterator[None]:
+def kept_host_generators() -> Iterator[None]:
+    """Restore numpy's and Python's generators afterwards."""
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield
@@ -97,7 +100,7 @@ def kept_buffers(*programs: Program) -> Iterator[None]:
 
 @contextmanager
 def kept_store() -> Iterator[None]:
-    """Remove parameters that programs add to Pyro's store."""
+    """Remove parameters that programs add to Pyro's store; entered while :data:`RUNNING` is held."""
     store = pyro.get_param_store()
     stored = set(store.keys())
     try:
@@ -120,7 +123,7 @@ def unchanged(*programs: Program) -> Iterator[None]:
     Draws advance torch's generator.  Numpy's and Python's generators and Pyro's parameter store are restored.
     Outer handlers are blocked, and modules work on copies of their buffers.
     """
-    with RUNNING, _kept_host_generators(), poutine.block(), kept_store(), kept_buffers(*programs):
+    with RUNNING, kept_host_generators(), poutine.block(), kept_store(), kept_buffers(*programs):
         yield
 
 
@@ -135,14 +138,46 @@ def isolated(*programs: Program) -> Iterator[None]:
         yield
 
 
+_EVALUATION = threading.local()
+
+
 @contextmanager
 def evaluating() -> Iterator[None]:
     """Restore numpy's and Python's generators and Pyro's parameter store after several runs of programs.
 
     Torch's generator advances, since draws come from it.  Decorates functions that evaluate a problem.
     """
-    with kept_store(), _kept_host_generators():
+    if getattr(_EVALUATION, "added", None) is not None:  # a part of a larger evaluation
         yield
+        return
+    _EVALUATION.added = set()
+    try:
+        with kept_host_generators():
+            yield
+    finally:
+        added, _EVALUATION.added = _EVALUATION.added, None
+        if added:
+            with RUNNING:
+                store = pyro.get_param_store()
+                forget_parameters(store, added & set(store.keys()))
+
+
+@contextmanager
+def noted_parameters() -> Iterator[None]:
+    """Note parameters that a run adds to Pyro's store, for the evaluation around it to remove.
+
+    Entered while programs run.  Parameters that other threads add between runs, as in training, are not noted.
+    """
+    added = getattr(_EVALUATION, "added", None)
+    if added is None:
+        yield
+        return
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    finally:
+        added |= set(store.keys()) - before
 
 
 @contextmanager

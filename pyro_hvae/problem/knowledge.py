@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,12 +12,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from pyro_hvae.problem.cached import Bounded
 from pyro_hvae.problem.structure import Structure
 
 __all__ = ["Knowledge", "argument_key", "knowledge_of"]
-
-MOST = 64
-"""Largest number of structures, and of kinds of arguments, in the cache of one pair; the oldest are dropped."""
 
 
 class Knowledge:
@@ -29,9 +26,9 @@ class Knowledge:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._structures: OrderedDict[tuple, Structure] = OrderedDict()
-        self._guesses: OrderedDict[tuple, Structure] = OrderedDict()
-        self.facts: dict[Any, Any] = {}
+        self._structures: Bounded = Bounded()
+        self._guesses: Bounded = Bounded()
+        self.facts: dict[Any, Any] = Bounded()
 
     def guess(self, key: tuple) -> Structure | None:
         """Return the structure that arguments of this kind had last."""
@@ -43,12 +40,11 @@ class Knowledge:
     def keep(self, structure: Structure, key: tuple) -> Structure:
         """Cache a structure for a kind of arguments; return the cached one of the same signature, if any."""
         with self._lock:
-            structure = self._structures.setdefault(structure.signature, structure)
-            self._guesses[key] = structure
-            for store in (self._structures, self._guesses):
-                while len(store) > MOST:
-                    store.popitem(last=False)
-        return structure
+            known = self._structures.get(structure.signature)
+            if known is None:
+                known = self._structures[structure.signature] = structure
+            self._guesses[key] = known
+        return known
 
 
 _CACHE: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[Any, Knowledge]]] = (
@@ -91,4 +87,4 @@ def _leaf_key(leaf: Any) -> Any:
         return leaf.shape, leaf.dtype, leaf.device
     if isinstance(leaf, np.ndarray):
         return leaf.shape, leaf.dtype.str
-    return leaf if isinstance(leaf, (bool, int, str)) or leaf is None else type(leaf)
+    return (type(leaf), leaf) if isinstance(leaf, (bool, int, str)) or leaf is None else type(leaf)

@@ -46,7 +46,7 @@ def check_particles_apart(problem: Problem, once: frozenset[str]) -> None:
     key = "apart", once, fingerprint(programs.model, programs.guide)
     if key in structure.facts or any(site.drawn_in_groups for site in structure.sites.values()):
         return
-    evaluated = problem.evaluation()
+    evaluated = problem.evaluation()(*problem.args, **problem.kwargs)  # on a minibatch of its own, if it draws one
     count = _unlike_sizes(evaluated)
     try:
         differing = _differing(evaluated, count, once)

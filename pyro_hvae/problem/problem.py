@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_hvae.problem.cached import cached
 from pyro_hvae.problem.checks import check_enumerated_shapes, check_observations, check_particles, check_shapes
 from pyro_hvae.problem.compare import compare_programs
 from pyro_hvae.problem.dependencies import Dependencies, dependencies_of
@@ -76,6 +76,7 @@ class Problem:
         )
         self._indices: dict[str, Tensor] = {}
         self._checked = training
+        self._weighed_by: str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Problem:
         """Return the same programs with these data."""
@@ -134,12 +135,12 @@ class Problem:
 
     # -- structure
 
-    @cached_property
+    @cached
     def knowledge(self) -> Knowledge:
         """The cache of results that earlier runs of the two programs gave."""
         return knowledge_of(self.model, self.guide)
 
-    @cached_property
+    @cached
     def _key(self) -> tuple:
         return argument_key(self.args, self.kwargs)
 
@@ -159,26 +160,41 @@ class Problem:
         with isolated(self.model, self.guide), torch.no_grad():
             return Call(self.programs, None, indices=self._indices).traces()
 
+    def settle(self) -> None:
+        """Compare the cached structure with a run of one particle, without side effects.
+
+        For evaluations that lay out their tensors by the structure before they run.
+        """
+        expected = self.knowledge.guess(self._key) if self.guided else None
+        if expected is None:
+            return
+        with isolated(self.model, self.guide), torch.no_grad():
+            traces = Call(self.programs, None, indices=dict(self._indices)).traces()
+            self._recognise(expected, *traces)
+
     def _derive_structure(self) -> Structure:
-        """Derive the structure from a run of one particle, with every check."""
-        naming = EventDims()
+        """Derive the structure from a run of one particle, with every check.
+
+        A minibatch that this run draws is not the one of the evaluation.
+        """
+        naming, indices = EventDims(), dict(self._indices)
         with isolated(self.model, self.guide):
-            call = Call(self.programs, None, indices=self._indices, handlers=(naming,), validate=True)
+            call = Call(self.programs, None, indices=indices, handlers=(naming,), validate=True)
             model_trace, guide_trace = call.traces()
             uncovered = compare_programs(model_trace, guide_trace)
             check_observations(model_trace)
             check_shapes(model_trace, guide_trace)
             structure = structure_of(model_trace, guide_trace, naming.names, uncovered)
             if structure.enumerated or structure.enumerated_in_guide:
-                self._check_enumerated(structure)
-        self._checked = True
+                self._check_enumerated(structure, indices)
+        self._checked = self._checked or indices.keys() == self._indices.keys()
         return self.knowledge.keep(structure, self._key)
 
-    def _check_enumerated(self, structure: Structure) -> None:
+    def _check_enumerated(self, structure: Structure, indices: dict[str, Tensor]) -> None:
         """Run one particle with the marked sites enumerated."""
         marked = [*structure.enumerated, *structure.enumerated_in_guide]
         try:
-            traces = Call(self.programs, structure, indices=self._indices).traces()
+            traces = Call(self.programs, structure, indices=indices).traces()
         except (RuntimeError, TypeError, IndexError) as error:
             raise ValueError(
                 f"the programs fail where all values of {marked} are enumerated at once, along a dim to the left of "
@@ -221,12 +237,15 @@ class Problem:
     def require_density(self, what: str) -> None:
         """Refuse a guide that is a point estimate, or that covers only a part of the model's support.
 
+        A later run of this problem that turns out to have such a guide is refused too.
+
         Args:
             what: the name of what needs a density, as the subject of a sentence.
 
         Raises:
             ValueError: naming the sites.
         """
+        self._weighed_by = what
         if any(site.guide_distribution == "Delta" for site in self.structure.sites.values()) and self.points:
             raise ValueError(
                 f"{what} weighs draws by the guide's density, and the guide is a point estimate of {list(self.points)} "
@@ -316,9 +335,12 @@ class Problem:
             if actual.signature != signature:  # it changes from run to run
                 compare_programs(model_trace, guide_trace)
                 actual = structure_of(model_trace, guide_trace)
-        return self.knowledge.keep(actual, self._key)
+        actual = self.knowledge.keep(actual, self._key)
+        if self._weighed_by is not None:
+            self.require_density(self._weighed_by)
+        return actual
 
-    @cached_property
+    @cached
     def template(self) -> Trace:
         """A trace of the guide with one particle; it gives the shapes of the sites' draws."""
         return self.look()[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_hvae.problem.cached import cached
 from pyro_hvae.problem.enumeration import Enumerated
 from pyro_hvae.problem.execute import Call
 from pyro_hvae.problem.parameters import frozen, trainable
@@ -70,13 +70,13 @@ class Run:
             scale *= plate.scale
         return scale
 
-    @cached_property
+    @cached
     def values(self) -> dict[str, Tensor]:
         """The guide's draws; a leading dim of size K where ``num_particles`` is above one."""
         drawn = set(self.structure.drawn)
         return {site["name"]: site["value"] for site in sample_sites(self.guide_trace) if site["name"] in drawn}
 
-    @cached_property
+    @cached
     def log_p(self) -> Mapping[str, Tensor]:
         """log p of each site of the model given its parents.
 
@@ -85,12 +85,12 @@ class Run:
         """
         return _SiteTerms(self, self.model_trace) if self._enumerated is None else self._enumerated.log_p(self)
 
-    @cached_property
+    @cached
     def log_q(self) -> Mapping[str, Tensor]:
         """log q of each site of the guide given its parents; in expectation over sites that the guide enumerates."""
         return _SiteTerms(self, self.guide_trace)
 
-    @cached_property
+    @cached
     def log_ratios(self) -> Tensor:
         """log p(x, z) - log q(z|x), in expectation over sites that the guide enumerates; shape ``(K, *plates)``."""
         summed: Any = torch.zeros(())
@@ -100,7 +100,7 @@ class Run:
             summed = summed - total(self.log_q)
         return self.shaped(summed)
 
-    @cached_property
+    @cached
     def log_weights(self) -> Tensor:
         """Logarithms of weights whose expectation is p(x), shape ``(K, *plates)``.
 
@@ -129,7 +129,7 @@ class Run:
         """
         return {} if self._enumerated is None or not self.structure.enumerated else draw_states(self._enumerated)
 
-    @cached_property
+    @cached
     def _enumerated(self) -> Enumerated | None:
         structure = self.structure
         if not (structure.enumerated or structure.enumerated_in_guide):

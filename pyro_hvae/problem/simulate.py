@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_hvae.problem.dependencies import read_observations
-from pyro_hvae.problem.isolation import RUNNING, evaluation_mode, fingerprint, isolated
+from pyro_hvae.problem.isolation import RUNNING, evaluation_mode, fingerprint, isolated, kept_buffers, unchanged
 from pyro_hvae.problem.knowledge import argument_key
 from pyro_hvae.problem.structure import is_deterministic, is_factor, plates_of, sample_sites
 
@@ -53,9 +52,8 @@ def simulate(problem: Problem) -> Simulation:
         _check_densities(seen)
         places = _places(observed, leaves)
         fresh = key not in facts
-        if fresh:
-            _check_reads(problem, places, leaves, spec)
-        with pyro.validation_enabled(False):
+        looking = kept_buffers(model) if problem.training else unchanged(model)
+        with looking, pyro.validation_enabled(False):
             released = poutine.trace(poutine.uncondition(bound_model)).get_trace(*args, **rest)
     drawn = {site["name"]: site["value"].detach() for site in sample_sites(released)}
     for name, place in places.items():
@@ -120,27 +118,6 @@ def _places(observed: Mapping[str, Any], leaves: list[Any]) -> dict[str, int]:
             f"sites {twice} observe one argument, which can't hold two draws: pass it twice, as two arguments"
         )
     return places
-
-
-def _check_reads(problem: Problem, places: Mapping[str, int], leaves: list[Any], spec: Any) -> None:
-    """Refuse a model that computes with its observed arguments."""
-    order = list(places.values())
-    model = problem.model
-
-    def trace_of(marked: list[Tensor]) -> Any:
-        changed = list(leaves)
-        for place, value in zip(order, marked, strict=True):
-            changed[place] = value
-        args, kwargs = tree_unflatten(changed, spec)
-        program = problem(*args, **kwargs).programs.bound()
-        with isolated(model):
-            return poutine.trace(program[0]).get_trace(*args, **program[2])
-
-    try:
-        reads = read_observations(trace_of, [leaves[place] for place in order])
-    except (TypeError, RuntimeError, ValueError, NotImplementedError):
-        return  # a program that rejects marked tensors can't be checked
-    _refuse_reads(sorted(name for name, marks in reads.items() if marks))
 
 
 def _check_unread(simulated: Problem, seen: Mapping[str, Any]) -> None:

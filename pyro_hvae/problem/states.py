@@ -19,6 +19,7 @@ from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.rings import SampleRing
 from torch import Tensor
 
+from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.problem.structure import sample_sites
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def draw_states(enumerated: Enumerated) -> dict[str, Tensor]:
     terms, sizes, leaves = _factors(enumerated)
     present = enumerated.in_model & set(sizes)
     cache: dict[Any, Any] = {}
-    with pyro.validation_enabled(False), torch.no_grad(), shared_intermediates(cache):
+    with RUNNING, pyro.validation_enabled(False), torch.no_grad(), shared_intermediates(cache):
         ring = SampleRing(cache=cache, dim_to_size=sizes)
         for roots in contract_tensor_tree(terms, present, ring=ring).values():
             for root in roots:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
+
+from pyro_hvae.problem.cached import Bounded, cached
 
 __all__ = [
     "PARTICLES",
@@ -92,7 +93,7 @@ class Structure:
     max_plate_nesting: int
     signature: tuple = field(repr=False)
     uncovered: tuple[str, ...] = ()
-    facts: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    facts: dict[Any, Any] = field(default_factory=Bounded, repr=False, compare=False)
     guide_drawn: bool = False
 
     def __hash__(self) -> int:
@@ -102,43 +103,43 @@ class Structure:
         """Return the names of the sites of a role, in the order of the programs."""
         return tuple(name for name, site in self.sites.items() if site.role == role)
 
-    @cached_property
+    @cached
     def latent(self) -> tuple[str, ...]:
         return self.with_role("latent")
 
-    @cached_property
+    @cached
     def observed(self) -> tuple[str, ...]:
         return self.with_role("observed")
 
-    @cached_property
+    @cached
     def auxiliary(self) -> tuple[str, ...]:
         return self.with_role("auxiliary")
 
-    @cached_property
+    @cached
     def enumerated(self) -> tuple[str, ...]:
         """Sites that are summed out in the model."""
         return self.with_role("enumerated")
 
-    @cached_property
+    @cached
     def enumerated_in_guide(self) -> tuple[str, ...]:
         return tuple(name for name, site in self.sites.items() if site.enumerated_in_guide)
 
-    @cached_property
+    @cached
     def drawn(self) -> tuple[str, ...]:
         """Sites that the guide draws: latent and auxiliary."""
         return self.latent + self.auxiliary
 
-    @cached_property
+    @cached
     def subsampled(self) -> tuple[Plate, ...]:
         """Every subsampled plate of the pair."""
         return tuple({plate: None for site in self.sites.values() for plate in site.plates if plate.subsampled})
 
-    @cached_property
+    @cached
     def partial(self) -> tuple[Plate, ...]:
         """Subsampled plates that do not enclose every site."""
         return tuple(plate for plate in self.subsampled if plate not in self.common)
 
-    @cached_property
+    @cached
     def data_plates(self) -> tuple[Plate, ...]:
         """The plates that a datum indexes: those common to all sites, or else those common to the observed ones."""
         if self.common:
@@ -146,7 +147,7 @@ class Structure:
         observed = [self.sites[name] for name in self.observed]
         return shared_plates(site.plates for site in observed if site.model_distribution not in ("Unit", "Delta"))
 
-    @cached_property
+    @cached
     def entries(self) -> int:
         """The largest number of plate indices around one site: tensor entries per draw, for the chunk rule."""
         sizes = [1]
@@ -157,7 +158,7 @@ class Structure:
             sizes.append(size)
         return max(sizes)
 
-    @cached_property
+    @cached
     def with_guide_drawn(self) -> Structure:
         """The same structure, in which the sites that the guide enumerates are drawn."""
         sites = {name: replace(site, enumerated_in_guide=False) for name, site in self.sites.items()}

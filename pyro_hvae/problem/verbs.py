@@ -46,7 +46,9 @@ def of_pair(function: Callable[Concatenate[Problem, P], R]) -> Callable[..., R]:
     def verb(model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> R:
         own = {name: kwargs.pop(name) for name in options & kwargs.keys()}
         with evaluating():
-            return function(problem_of(model, guide, args, kwargs), **own)  # type: ignore[call-arg]
+            problem = problem_of(model, guide, args, kwargs)
+            problem.settle()
+            return function(problem, **own)  # type: ignore[call-arg]
 
     verb.__signature__ = _signature(function, ("model", "guide"))  # type: ignore[attr-defined]
     return verb

@@ -124,6 +124,17 @@ def test_the_guide_is_pushed_down_and_the_model_held(estimate):
     assert evidence - 2 < after < evidence + 2
 
 
+@pytest.mark.parametrize("estimate", [ph.CUBO(2, 4), ph.EUBO(4)], ids=repr)
+def test_the_first_call_holds_the_parameters_that_it_makes(estimate):
+    """A function's parameters are in no module and, before the first call, in no store."""
+    pair = build("by_hand")
+    estimate.loss_and_grads(pair.model, pair.guide, *pair.args)
+    grads = {name: value.grad for name, value in pyro.get_param_store().named_parameters()}
+    assert grads.pop("prior") is None
+    assert sorted(grads) == ["encoder", "sd1", "sd2", "upper"]
+    assert all(bool(grad != 0) for grad in grads.values())
+
+
 def test_order_on_a_trained_pair():
     """ELBO <= VR(.5) <= IWELBO <= log p <= EUBO at exact joint samples, on data that the trained model draws."""
     torch.manual_seed(3)

@@ -10,6 +10,7 @@ import torch
 from torch.distributions import kl_divergence
 
 import pyro_hvae as ph
+from pyro_hvae.bounds.divergences import divergence
 from tests.kinds.outcomes import right_or_refused
 
 T = torch.tensor
@@ -237,3 +238,13 @@ def test_divergences_of_events_written_in_two_ways(name):
         0.15,
         names=[r"\bz\b"],
     )
+
+
+def test_divergences_without_a_formula_that_holds():
+    """Masks of the distributions themselves, and maps that are no bijections, as a fold of the line."""
+    normal, other = dist.Normal(torch.zeros(2), 1.0), dist.Normal(torch.ones(2), 2.0)
+    folded = [dist.TransformedDistribution(fn, [dist.transforms.AbsTransform()]) for fn in (normal, other)]
+    masked = [fn.mask(torch.tensor(mask)) for fn, mask in ((normal, [True, False]), (other, [True, True]))]
+    for q, p in (folded, masked, [normal, masked[1]], [fn.to_event(1) for fn in folded]):
+        assert divergence(q, p) is None
+    torch.testing.assert_close(divergence(normal, other), kl_divergence(normal, other))

@@ -52,3 +52,26 @@ def guide_distribution(transform):
 def test_an_affine_step_that_leaves_positive_numbers_is_refused(transform, where):
     with pytest.raises(ValueError, match=rf"draws site 'z' on {where} .* and the model has it on \(0, inf\)"):
         Problem(model, guide_of(transform))().run()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_masks_are_compared_entry_by_entry(same):
+    x = torch.tensor([0.5, -1.0])
+    first = torch.tensor([True, False])
+    second = first.clone() if same else ~first
+
+    def model(x):
+        with pyro.plate("rows", 2):
+            with pyro.poutine.mask(mask=first):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", 2), pyro.poutine.mask(mask=second):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    if same:
+        Problem(model, guide)(x).run()
+    else:
+        with pytest.raises(ValueError, match="site 'z' is masked differently"):
+            Problem(model, guide)(x).run()

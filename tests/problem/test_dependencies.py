@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyro_hvae as ph
+from pyro_hvae.problem.dependencies import Dependencies
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
@@ -161,3 +162,11 @@ def test_explain_says_why():
     text = str(ph.explain(ph.LayerwiseELBO(), model, bottom_up(plain), X))
     assert "its model parent(s) ['z2'] descend from it in the guide" in text
     assert "a datum is an index of: data" in text
+
+
+def test_descendants_of_descendants():
+    guide = {"a": frozenset(), "b": frozenset({"a"}), "c": frozenset({"b"}), "d": frozenset()}
+    found = Dependencies(model={"a": frozenset({"c"})}, guide=guide, order=("a", "b", "c", "d"), complete=True)
+    assert found.descendants("a") == {"b", "c"}
+    assert found.descendants("b") == {"c"}
+    assert found.broken_by("a") == {"c"}

@@ -1,15 +1,19 @@
 """What a run says of a pair: plates, scales, weights; against sums written out by hand."""
 
 import math
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
+from torch import nn
 
 import pyro_hvae as ph
+from pyro_hvae.nn import Flattened
 from pyro_hvae.problem import Problem
 
 
@@ -334,3 +338,39 @@ def test_given_values_in_runs_of_several_numbers_of_particles():
         prior = torch.logaddexp(math.log(0.3) + normal(z, 0.0, 1.0), math.log(0.7) + normal(z, 2.0, 1.0))
         expected = prior + normal(x, z, 1.0) - normal(z, x, 1.0)
         torch.testing.assert_close(problem.run(count, {"z": z}).log_weights, expected)
+
+
+def test_noise_of_other_libraries_is_no_mixing():
+    """Each run draws its own numbers, so that densities are compared under the same ones."""
+
+    def noisy(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + np.random.rand(), 1.0 + random.random()), obs=x)  # noqa: NPY002
+
+    def drawn(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    assert Problem(noisy, drawn)(torch.zeros(3)).run(4).log_weights.shape == (4, 3)
+
+
+def test_batch_norm_that_trains_is_no_mixing():
+    """It normalises by all particles together, as it does by all data; particles are compared in evaluation mode."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Flattened(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)), 1)
+
+        def forward(self, x):
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(1), obs=x)
+
+    def drawn(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    decoder, x = Decoder(), torch.randn(3, 1)
+    assert Problem(decoder, drawn, (x,), training=True).run(4).log_weights.shape == (4, 3)

@@ -79,8 +79,15 @@ def test_a_guide_inside_of_the_models_support(model, guide):
             transformed(dist.Exponential(torch.tensor(1.0)), AffineTransform(5.0, -1.0)),
             r"on \(-inf, 5\)",
         ),
+        (
+            dist.Exponential(torch.tensor(1.0)),  # its formula is a finite number below zero
+            dist.Normal(torch.tensor(2.0), 1.0),
+            r"on the real line \(Normal\).* on \(0, inf\)",
+        ),
+        (dist.Poisson(torch.tensor(1.0)), dist.Exponential(torch.tensor(1.0)), "discrete in the model"),
+        (dist.Normal(torch.tensor(0.0), 1.0), dist.Poisson(torch.tensor(1.0)), "continuous in the model"),
     ],
-    ids=["model", "guide", "decreasing"],
+    ids=["model", "guide", "decreasing", "finite_outside", "discrete", "continuous"],
 )
 def test_a_guide_that_reaches_outside(model, guide, message):
     with pytest.raises(ValueError, match=message):

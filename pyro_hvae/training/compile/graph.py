@@ -119,8 +119,8 @@ def trace(
         return (loss, *(gradient for gradient in gradients if gradient is not None))
 
     with torch.random.fork_rng(), kept_buffers(objective), plain_programs():
-        with torch.no_grad():
-            objective(*args, **kwargs)  # the first run fills caches and makes checks; the graph must not contain them
+        with torch.enable_grad():
+            objective(*args, **kwargs)  # fills caches and makes checks, which the graph must not contain
         before = attributes(objective)
         try:
             module = make_fx(run)(*[tensor.detach() for tensor in inputs])

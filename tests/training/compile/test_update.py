@@ -88,11 +88,33 @@ def test_a_loaded_or_emptied_state_is_used():
             optimizer.load_state_dict(optimizer.state_dict())
             next(iter(optimizer.state.values()))["exp_avg"].zero_()
 
-    for change in (emptied, loaded):
+    def recounted(optimizer, index):
+        if index == 3:
+            for state in optimizer.state.values():
+                state["step"] = torch.tensor(50.0)
+
+    for change in (emptied, loaded, recounted):
         found, state, _ = train(change, torch.optim.Adam, True)
         expected, other, _ = train(change, torch.optim.Adam, False)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(state, other, rtol=1e-7, atol=1e-9)
+
+
+def test_moments_get_the_layout_of_their_parameters():
+    """A saved state may hold them in another one, and the kernel runs over the memory of both."""
+
+    def saved(optimizer, index):
+        if index == 3:
+            for state in optimizer.state.values():
+                state["step"] = state["step"].clone()
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moment = state[name]
+                    state[name] = moment.t().contiguous().t() if moment.dim() == 2 else moment
+
+    found, state, _ = train(saved, torch.optim.Adam, True)
+    expected, other, _ = train(saved, torch.optim.Adam, False)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state, other, rtol=1e-7, atol=1e-9)
 
 
 def test_gradients_get_the_layout_of_their_parameters():
