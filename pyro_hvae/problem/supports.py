@@ -14,6 +14,8 @@ from pyro_hvae.problem.structure import leaf_distribution
 
 __all__ = ["Interval", "bare_support", "interval_of", "reached", "support_ends", "vanishes"]
 
+INVERSE = torch.distributions.transforms._InverseTransform
+
 
 def bare_support(leaf: Any) -> Any:
     """Return the support of a distribution without declarations of event dims."""
@@ -100,7 +102,7 @@ def _elementary(transforms: Any) -> list[Any]:
     for transform in transforms:
         while isinstance(transform, torch.distributions.IndependentTransform):
             transform = transform.base_transform
-        inner = transform.inv if type(transform).__name__ == "_InverseTransform" else None
+        inner = transform.inv if isinstance(transform, INVERSE) else None
         if isinstance(transform, torch.distributions.ComposeTransform):
             parts += _elementary(transform.parts)
         elif isinstance(inner, torch.distributions.ComposeTransform):
@@ -112,7 +114,7 @@ def _elementary(transforms: Any) -> list[Any]:
 
 def _mapped(transform: Any, interval: Interval) -> Interval:
     """Return the image of an interval under a monotone transform."""
-    inverted = type(transform).__name__ == "_InverseTransform"
+    inverted = isinstance(transform, INVERSE)  # libraries rename the class
     call = transform.inv._inverse if inverted else transform._call  # without the cache of the last draw
     increasing = bool((torch.as_tensor(transform.sign) > 0).all())
     low, high = call(interval.low), call(interval.high)

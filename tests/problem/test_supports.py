@@ -122,3 +122,18 @@ def test_ends_that_are_parameters():
     assert problem(whole, dist.Uniform(-half, half)).structure.uncovered == ("z",)
     with pytest.raises(ValueError, match=r"on \(-1, 1\) .* has it on \(0, inf\)"):
         _ = problem(dist.LogNormal(torch.tensor(0.0), 1.0), dist.Uniform(-half, half)).structure
+
+
+@pytest.mark.parametrize("name", ["_InverseTransform", "Inverse"])
+def test_images_under_inverses_of_any_name(name):
+    """Importing zuko renames torch's class of inverse transforms."""
+    to_positive = biject_to(dist.constraints.nonnegative)
+    model = dist.Gamma(torch.tensor(2.0), 1.0)
+    refined = transformed(dist.Gamma(torch.tensor(3.0), 1.0), to_positive.inv, AffineTransform(0.5, 2.0), to_positive)
+    inverse = type(AffineTransform(0.0, 1.0).inv)
+    before = inverse.__name__
+    try:
+        inverse.__name__ = name
+        assert problem(model, refined).structure.uncovered == ()
+    finally:
+        inverse.__name__ = before
