@@ -73,10 +73,13 @@ def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor], noise: str)
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+        from pyro_hvae.training.compile.passes import SplitBias
+
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
         examples = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in tensors]
         owned = _owned(module, keep_draws=noise == "eager")
-        with config.patch(fallback_random=noise == "eager"), tracing(TracingContext(mode)):
+        patch = config.patch(fallback_random=noise == "eager", post_grad_custom_post_pass=SplitBias())
+        with patch, tracing(TracingContext(mode)):
             compiled: Any = compile_fx(owned, examples)
     return compiled
 

@@ -33,7 +33,8 @@ class _Part:
     parameters: list[Tensor]
     states: list[dict[str, Any]]
     counts: Tensor = field(default_factory=lambda: torch.zeros(0))  # the step counts of all parameters
-    views: list[Tensor] = field(default_factory=list)  # its elements, which are the optimiser's step counts
+    one: Tensor = field(default_factory=lambda: torch.ones(()))  # a tensor, since a number would be converted
+    views: list[Tensor] = field(default_factory=list)  # the elements of counts, which are the optimiser's step counts
 
 
 class FusedAdam:
@@ -86,7 +87,7 @@ class FusedAdam:
         for part in self._parts:
             group, states = part.group, part.states
             beta1, beta2 = group["betas"]
-            part.counts.add_(1)
+            part.counts.add_(part.one)
             part.kernel(
                 part.parameters,
                 [gradients[place] for place in part.places],
@@ -136,6 +137,7 @@ class FusedAdam:
         self._parts = list(parts.values())
         for part in self._parts:
             part.counts = torch.stack([state["step"].float() for state in part.states])
+            part.one = torch.ones_like(part.counts[0])
             part.views = list(part.counts.unbind())
             for state, view in zip(part.states, part.views, strict=True):
                 state["step"] = view
