@@ -1,12 +1,17 @@
 """Importance weighted auto-encoders on MNIST, by the protocol of their authors, beside the published numbers.
 
     python benchmarks/burda.py --data DIR [--layers 1] [--k 1] [--bound iwelbo] [--stages 8] [--batch 20]
+    python benchmarks/burda.py --data DIR --recipe EPOCHS [--rate 2e-3] [--layers 1] [--k 1] [--batch 100]
 
 Images are binarised at random whenever they are used.  L=1: 784-200-200-50; L=2: 784-200-200-100-100-100-50, decoders
 reversed, tanh, Xavier's weights, output biases at the logits of the mean image (clipped to [.001, .999]).  Adam with
 eps 1e-4; stage i = 0, ..., 7 has 3^i epochs at rate 1e-3 * 10^(-i/7), 3280 epochs in all.  After each stage: negative
 log-likelihood of 1000 test images with 1000 draws; at the end of ``--images`` of them with 5000.  A standard
 deviation is exp(r) of a network's r, bent so that it stays within [1e-3, 1e3].
+
+With ``--recipe`` the same networks, data and evaluation have a schedule of our own: so many epochs at a rate that falls
+to zero as a cosine, and a moving average of the parameters (decay .999), which is what is measured, after 1, 3, 10, 30,
+... epochs and at the end.  ``cpu_seconds`` is the processor time of training over all threads.
 
 A run is kept under ``--out`` and goes on there bit for bit when the command is given again, with more stages if asked.
 
@@ -16,8 +21,10 @@ Reference: Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 20
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
+import math
 import os
 import sys
 import time
@@ -67,38 +74,59 @@ def negative_log_likelihood(model: object, guide: object, images: Tensor, draws:
     return -float(value.mean()), float(value.std()) / len(value) ** 0.5
 
 
-class Stages:
-    """Looks at the test images whenever a stage ends, and counts the seconds of training without that."""
+class Schedule:
+    """Epochs, the rate of each step relative to the first, and the epochs after which the test images are looked at."""
 
-    def __init__(self, options: argparse.Namespace, images: Tensor) -> None:
-        self.options, self.images = options, images
-        self.ends = {(3 ** (stage + 1) - 1) // 2: stage for stage in range(options.stages)}
-        self.seconds = self.looking = 0.0
+    def __init__(self, options: argparse.Namespace, images: int) -> None:
+        self.steps_an_epoch = -(-images // options.batch)
+        self.cosine = options.recipe is not None
+        stages = [(3 ** (stage + 1) - 1) // 2 for stage in range(options.stages)]
+        self.epochs = options.recipe if self.cosine else stages[-1]
+        self.ends = self._early() if self.cosine else stages
 
-    def on_record(self, run: object, record: dict[str, float]) -> None:
-        self.seconds += record.get("seconds", 0.0) - self.looking
-        self.looking = 0.0
+    def _early(self) -> list[int]:
+        return [e for power in range(5) for e in (10**power, 3 * 10**power) if e < self.epochs] + [self.epochs]
 
-    def on_epoch(self, run: object) -> None:
-        if run.epoch in self.ends:
-            start = time.perf_counter()
-            stage = self.ends[run.epoch]
-            row(self.options, run.model, run.guide, stage, run.epoch, self.images[:1000], 1000, self.seconds)
-            self.looking = time.perf_counter() - start
+    def rate(self, step: int) -> float:
+        if self.cosine:
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / (self.epochs * self.steps_an_epoch))))
+        return 10.0 ** (-sum(step // self.steps_an_epoch >= end for end in self.ends[:-1]) / 7)
+
+
+class Looks:
+    """Looks at the test images after some epochs; counts wall and processor seconds of training without that."""
+
+    def __init__(self, options: argparse.Namespace, ends: list[int], images: Tensor) -> None:
+        self.options, self.ends, self.images = options, ends, images
+        self.seconds = self.cpu_seconds = 0.0
+        self.since = time.perf_counter(), time.process_time()
+
+    def count(self) -> None:
+        now = time.perf_counter(), time.process_time()
+        self.seconds += now[0] - self.since[0]
+        self.cpu_seconds += now[1] - self.since[1]
+        self.since = now
+
+    def on_epoch(self, run: ph.training.Run) -> None:
+        if run.epoch not in self.ends:
+            return
+        self.count()
+        with run.averages.applied() if run.averages else contextlib.nullcontext():
+            row(self, run.model, run.guide, run.epoch, self.images[:1000], 1000)
+        self.since = time.perf_counter(), time.process_time()
 
     def state_dict(self) -> dict[str, float]:
-        return {"seconds": self.seconds}
+        self.count()
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.seconds = state["seconds"]
+        self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
+        self.since = time.perf_counter(), time.process_time()
 
 
-def row(
-    options: argparse.Namespace, model: object, guide: object, stage: int, epochs: int, images: Tensor, draws: int,
-    seconds: float,
-) -> None:  # fmt: skip
+def row(looks: Looks, model: object, guide: object, epochs: int, images: Tensor, draws: int) -> None:
     """Measure, print and append to the table."""
-    start = time.perf_counter()
+    options, start = looks.options, time.perf_counter()
     nll, error = negative_log_likelihood(model, guide, images, draws)
     with torch.random.fork_rng():
         units = active_units(model, guide, binarize(images[:1000]), num_draws=20)
@@ -106,13 +134,14 @@ def row(
     found = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "layers": options.layers, "k": options.k, "bound": options.bound, "batch": options.batch,
-        "seed": options.seed, "stage": stage, "epochs": epochs, "train_seconds": round(seconds),
+        "seed": options.seed, "recipe": options.recipe or "", "rate": options.rate, "epochs": epochs,
+        "train_seconds": round(looks.seconds), "cpu_seconds": round(looks.cpu_seconds),
         "images": len(images), "draws": draws, "nll": round(nll, 3), "stderr": round(error, 3),
-        "active": "+".join(str(units[name]) for name in sorted(units)), "published_8_stages": published,
+        "active": "+".join(str(units[name]) for name in sorted(units)), "published": published,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "pyro": pyro.__version__,
         "pyro_hvae": ph.__version__, "command": " ".join(["python benchmarks/burda.py", *sys.argv[1:]]),
     }  # fmt: skip
-    print("  ".join(f"{key} {value}" for key, value in list(found.items())[1:15]), flush=True)
+    print("  ".join(f"{key} {value}" for key, value in list(found.items())[1:17]), flush=True)
     print(f"  evaluated in {time.perf_counter() - start:.0f} s", flush=True)
     if options.csv is not None:
         fresh = not options.csv.exists()
@@ -133,45 +162,50 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=1)
     parser.add_argument("--bound", default="iwelbo", choices=list(BOUNDS))
     parser.add_argument("--stages", type=int, default=8, choices=range(1, 9), metavar="1..8")
+    parser.add_argument("--recipe", type=int, default=None, metavar="EPOCHS", help="our schedule, with so many epochs")
+    parser.add_argument("--rate", type=float, default=1e-3, help="rate at the start")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--images", type=int, default=1000, help="test images looked at when training is over")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/burda"))
     parser.add_argument("--csv", type=Path, default=None, help="table to append to")
     options = parser.parse_args()
+    if options.recipe is not None and options.recipe < 1:
+        parser.error(f"--recipe takes a number of epochs of at least 1, got {options.recipe}")
 
     train, test = (getattr(idx_folder(options.data), part) for part in ("train", "test"))
     torch.manual_seed(options.seed)
     model, guide = pair(options.layers, train.mean(0))
-    epochs = (3**options.stages - 1) // 2
-    ends = [(3 ** (stage + 1) - 1) // 2 for stage in range(8)]
-    steps_an_epoch = -(-len(train) // options.batch)
-
-    def rate(step: int) -> float:
-        stage = sum(step // steps_an_epoch >= end for end in ends[:-1])
-        return 10.0 ** (-stage / 7)
-
-    stages = Stages(options, test)
-    ph.fit(
+    schedule = Schedule(options, len(train))
+    looks = Looks(options, schedule.ends, test)
+    name = f"L{options.layers}-k{options.k}-{options.bound}-b{options.batch}-s{options.seed}"
+    if options.recipe:
+        name += f"-recipe{options.recipe}-r{options.rate:g}"
+    result = ph.fit(
         model,
         guide,
         train,
         bound=BOUNDS[options.bound](options.k),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4, fused=True),
-        schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, rate),
-        epochs=epochs,
+        optimizer=lambda parameters: torch.optim.Adam(
+            parameters, lr=options.rate, eps=1e-8 if options.recipe else 1e-4, fused=True
+        ),
+        schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate),
+        epochs=schedule.epochs,
+        ema=0.999 if options.recipe else None,
         batch_size=options.batch,
         transform=binarize,
         seed=options.seed,
         compile=True,
-        run_dir=options.out / f"L{options.layers}-k{options.k}-{options.bound}-b{options.batch}-s{options.seed}",
+        run_dir=options.out / name,
         resume=True,
-        log_every=steps_an_epoch,
-        terms_every=20 * steps_an_epoch,
-        callbacks=[stages],
+        log_every=schedule.steps_an_epoch,
+        terms_every=20 * schedule.steps_an_epoch,
+        callbacks=[looks],
         progress=os.isatty(2),
     )
-    row(options, model, guide, options.stages - 1, epochs, test[: options.images], 5000, stages.seconds)
+    looks.count()
+    with result.averages.applied() if result.averages else contextlib.nullcontext():
+        row(looks, model, guide, schedule.epochs, test[: options.images], 5000)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from torch.distributions import kl_divergence
 
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluation
 from pyro_hvae.bounds.capability import check_capable, check_data, check_same_process, data_of
+from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem
-from pyro_hvae.problem.isolation import RUNNING, evaluating, evaluation_mode, kept_buffers, noted_parameters
+from pyro_hvae.problem.isolation import RUNNING, evaluating, kept_buffers, noted_parameters
 
 __all__ = ["DiffusionELBO", "SimpleDiffusionLoss"]
 

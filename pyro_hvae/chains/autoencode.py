@@ -13,8 +13,7 @@ mode. Draws are a leading dim: ``num_draws=S`` gives (S, N, ...), ``None`` one d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pyro
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from pyro_hvae.chains.directions import BottomUp, TopDown
 from pyro_hvae.chains.ladder import Ladder
+from pyro_hvae.modules import evaluation_mode
 
 __all__ = ["decode", "encode", "impute", "reconstruct"]
 
@@ -68,7 +68,7 @@ def encode(
         >>> encode(guide, torch.zeros(3, 6), num_draws=5)["z1"].shape
         torch.Size([5, 3, 2])
     """
-    with torch.no_grad(), _evaluated(guide), _Means() if mean else nullcontext(), _draws(num_draws):
+    with torch.no_grad(), evaluation_mode(guide), _Means() if mean else nullcontext(), _draws(num_draws):
         trace = poutine.trace(guide).get_trace(x, context=context, mask=mask)
     return {site: trace.nodes[site]["value"] for site in trace.stochastic_nodes if site != guide.plate_name}
 
@@ -182,20 +182,6 @@ def impute(
     return torch.where(seen, x, drawn.to(x.dtype))
 
 
-@contextmanager
-def _evaluated(chain: TopDown | BottomUp | Ladder) -> Iterator[None]:
-    """Run a chain in evaluation mode; modules that were in training mode return to it."""
-    held = chain.model.modules() if isinstance(chain, Ladder) else ()
-    changed = [module for module in {*chain.modules(), *held} if module.training]
-    for module in changed:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = True
-
-
 def _draws(num_draws: int | None) -> Any:
     if num_draws is None:
         return nullcontext()
@@ -216,7 +202,7 @@ def _likelihood(
         lead = value.shape[: value.dim() - _event_dim(model, site)]
         size = lead[-1]
         num_draws = lead[-2] if len(lead) > 1 else None
-    with _evaluated(model), ExitStack() as stack:
+    with evaluation_mode(model), ExitStack() as stack:
         stack.enter_context(_draws(num_draws))
         stack.enter_context(poutine.condition(data=latents))
         trace = poutine.trace(model).get_trace(size=size, context=context)

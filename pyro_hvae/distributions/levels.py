@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,10 +74,36 @@ class LevelDistribution(TorchDistribution):
     low: float
     high: float
 
-    def _set_levels(self, num_bins: int, low: float, high: float) -> None:
-        """Check the levels, and set them."""
+    def __init__(
+        self, parameters: Sequence[Tensor | float], levels: tuple[int, float, float], validate_args: bool | None
+    ) -> None:
+        num_bins, low, high = levels
         check_levels(num_bins, low, high)
         self.num_bins, self.low, self.high = num_bins, float(low), float(high)
+        tensors = broadcast_all(*parameters)
+        for name, tensor in zip(self.arg_constraints, tensors, strict=True):
+            setattr(self, name, tensor)
+        super().__init__(tensors[0].shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        new = self._get_checked_instance(type(self), _instance)
+        batch_shape = torch.Size(batch_shape)
+        for name in self.arg_constraints:
+            setattr(new, name, getattr(self, name).expand(batch_shape))
+        new.num_bins, new.low, new.high = self.num_bins, self.low, self.high
+        TorchDistribution.__init__(new, batch_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the logarithm of the probability of each level, in nats; shape: ``value`` broadcast with the batch."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._log_masses(((value - self.low) / self.step).round())
+
+    def _log_masses(self, index: Tensor) -> Tensor:
+        """Return log-probabilities of levels by their numbers 0, ..., num_bins - 1."""
+        raise NotImplementedError
 
     @property
     def support(self) -> Levels:
@@ -86,16 +113,6 @@ class LevelDistribution(TorchDistribution):
     def step(self) -> float:
         """Distance of two levels, in the units of x."""
         return (self.high - self.low) / (self.num_bins - 1)
-
-    def _expanded(self, new: Any, batch_shape: Any) -> Any:
-        """Set the attributes of an expanded instance."""
-        batch_shape = torch.Size(batch_shape)
-        for name in self.arg_constraints:
-            setattr(new, name, getattr(self, name).expand(batch_shape))
-        new.num_bins, new.low, new.high = self.num_bins, self.low, self.high
-        TorchDistribution.__init__(new, batch_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all levels along a new first dim: (num_bins, *batch), or (num_bins, 1, ..., 1) if not ``expand``."""
@@ -145,18 +162,10 @@ class BinnedGaussian(LevelDistribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        self._set_levels(num_bins, low, high)
-        self.loc, self.scale = broadcast_all(loc, scale)
-        super().__init__(self.loc.shape, validate_args=validate_args)
+        super().__init__((loc, scale), (num_bins, low, high), validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> BinnedGaussian:
-        return self._expanded(self._get_checked_instance(BinnedGaussian, _instance), batch_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return logarithm of the probability of each level, in nats; shape: ``value`` broadcast with the batch."""
-        if self._validate_args:
-            self._validate_sample(value)
-        index = ((value - self.low) / self.step).round().clamp(0, self.num_bins - 1).long()
+    def _log_masses(self, index: Tensor) -> Tensor:
+        index = index.clamp(0, self.num_bins - 1).long()
         scores, index = torch.broadcast_tensors(self._logits().log_softmax(-1), index.unsqueeze(-1))
         return scores.gather(-1, index[..., :1]).squeeze(-1)
 

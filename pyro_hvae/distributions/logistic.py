@@ -81,18 +81,7 @@ class DiscretizedLogistic(LevelDistribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        self._set_levels(num_bins, low, high)
-        self.loc, self.log_scale = broadcast_all(loc, log_scale)
-        super().__init__(self.loc.shape, validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretizedLogistic:
-        return self._expanded(self._get_checked_instance(DiscretizedLogistic, _instance), batch_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the logarithm of the mass of each level, in nats; shape: ``value`` broadcast with the batch."""
-        if self._validate_args:
-            self._validate_sample(value)
-        return self._log_masses(((value - self.low) / self.step).round())
+        super().__init__((loc, log_scale), (num_bins, low, high), validate_args)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Return p(X <= value); shape: ``value`` broadcast with the batch."""
@@ -129,7 +118,6 @@ class DiscretizedLogistic(LevelDistribution):
         return self.log_scale.clamp(-_LOG_SCALE_LIMIT, _LOG_SCALE_LIMIT)
 
     def _log_masses(self, index: Tensor) -> Tensor:
-        """Return log-masses of levels by their numbers 0, ..., num_bins - 1."""
         log_scale = self._log_scale()
         lower = (self.low + (index - 0.5) * self.step - self.loc) * torch.exp(-log_scale)
         width = self.step * torch.exp(-log_scale)

@@ -29,9 +29,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem
 from pyro_hvae.problem.dependencies import VALUE_READERS
-from pyro_hvae.problem.isolation import evaluation_mode, isolated
+from pyro_hvae.problem.isolation import isolated
 
 __all__ = ["is_linear_gaussian"]
 

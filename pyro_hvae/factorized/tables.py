@@ -23,8 +23,8 @@ from torch import Tensor
 from pyro_hvae.factorized.draws import log_joint
 from pyro_hvae.factorized.posterior import Posterior, Sample
 from pyro_hvae.factorized.sites import Latents, support_of
+from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem
-from pyro_hvae.problem.isolation import evaluation_mode
 from pyro_hvae.weights import check_weights
 
 __all__ = ["Configurations", "configurations", "eliminated"]

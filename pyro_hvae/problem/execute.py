@@ -21,9 +21,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem.isolation import (
     RUNNING,
-    evaluation_mode,
     forget_parameters,
     kept_buffers,
     no_statistics,

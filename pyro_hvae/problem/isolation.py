@@ -16,10 +16,11 @@ import pyro.poutine as poutine
 import torch
 from torch import nn
 
+from pyro_hvae.modules import modules_of
+
 __all__ = [
     "RUNNING",
     "evaluating",
-    "evaluation_mode",
     "fingerprint",
     "forget_parameters",
     "isolated",
@@ -27,7 +28,6 @@ __all__ = [
     "kept_generators",
     "kept_host_generators",
     "kept_store",
-    "modules_of",
     "no_statistics",
     "noted_parameters",
     "unchanged",
@@ -40,26 +40,6 @@ LIBRARIES = frozenset(("math", "numpy", "pyro", "pyro_hvae", "random", "torch"))
 """Python modules whose attributes are no switches of a program that names them."""
 
 Program = Callable[..., Any]
-
-
-def modules_of(*programs: Any) -> list[nn.Module]:
-    """Return the modules that programs are or are bound to, with their children, each once.
-
-    Pyro's handlers wrap programs into partial functions; their arguments are searched too.
-    """
-    by_id: dict[int, nn.Module] = {}
-    for program in programs:
-        if isinstance(program, partial):
-            bound = (program.func, *program.args, *program.keywords.values())
-            by_id.update((id(module), module) for module in modules_of(*filter(callable, bound)))
-            continue
-        owner = getattr(program, "__self__", program)
-        if isinstance(owner, nn.Module):
-            by_id.update((id(module), module) for module in owner.modules())
-        held = getattr(owner, "_held", None)  # programs held without registration as submodules
-        if isinstance(held, tuple):
-            by_id.update((id(module), module) for module in modules_of(*held))
-    return list(by_id.values())
 
 
 @contextmanager
@@ -178,19 +158,6 @@ def noted_parameters() -> Iterator[None]:
         yield
     finally:
         added |= set(store.keys()) - before
-
-
-@contextmanager
-def evaluation_mode(*programs: Program) -> Iterator[None]:
-    """Run modules in evaluation mode; those that were in training mode return to it."""
-    changed = [module for module in modules_of(*programs) if module.training]
-    for module in changed:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = True
 
 
 @contextmanager

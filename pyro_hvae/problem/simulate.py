@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_hvae.problem.isolation import RUNNING, evaluation_mode, fingerprint, isolated, kept_buffers, unchanged
+from pyro_hvae.modules import evaluation_mode
+from pyro_hvae.problem.isolation import RUNNING, fingerprint, isolated, kept_buffers, unchanged
 from pyro_hvae.problem.knowledge import argument_key
 from pyro_hvae.problem.structure import is_deterministic, is_factor, plates_of, sample_sites
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_hvae.problem.isolation import RUNNING, evaluation_mode, kept_generators
+from pyro_hvae.modules import evaluation_mode
+from pyro_hvae.problem.isolation import RUNNING, kept_generators
 from pyro_hvae.training.feed import Batch, Feed, rows_of
 from pyro_hvae.training.objective import PairObjective
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from pyro_hvae.bounds import DiffusionELBO
 from pyro_hvae.bounds.base import Objective
+from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem
 from pyro_hvae.problem.execute import Call
-from pyro_hvae.problem.isolation import RUNNING, evaluation_mode, isolated
+from pyro_hvae.problem.isolation import RUNNING, isolated
 from pyro_hvae.problem.parameters import param_sites
 from pyro_hvae.problem.structure import plates_of, sample_sites
 from pyro_hvae.training.feed import rows_of
