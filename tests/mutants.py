@@ -153,7 +153,7 @@ MUTANTS = [
     ("training/compile/update.py", "weight_decay=group[\"weight_decay\"],", "weight_decay=0.0,", f"{C}/test_update.py"),
     ("training/compile/update.py", "state.get(\"step\") is view", "True", f"{C}/test_update.py"),
     ("training/compile/update.py", "if moment.stride() == parameter.stride() and", "if", f"{C}/test_update.py"),
-    ("training/compile/update.py", "part.counts.add_(1)", "pass", f"{C}/test_step.py"),
+    ("training/compile/update.py", "part.counts.add_(part.one)", "pass", f"{C}/test_step.py"),
     ("training/compile/reads.py", "if func in _READS:", "if False:", f"{C}/test_reads.py"),
     ("training/compile/reads.py", "            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(containers)):",
      "            if False:", f"{C}/test_reads.py"),
