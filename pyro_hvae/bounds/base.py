@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_hvae.problem import Problem, Run, Structure, problem_of
 from pyro_hvae.problem.checks import check_particles
-from pyro_hvae.problem.isolation import evaluating, isolated
+from pyro_hvae.problem.isolation import RUNNING, evaluating, isolated
 from pyro_hvae.problem.parameters import check_trained, make_registrable
 
 __all__ = ["Bound", "Estimate", "Evaluable", "Evaluation", "Objective", "Treatment"]
@@ -180,21 +180,23 @@ class Objective(ELBO, nn.Module, metaclass=abc.ABCMeta):
             RuntimeError: on one of several processes, whose gradients this route does not average.
         """
         refuse_many_processes()
-        loss, run = self._differentiable(problem_of(model, guide, args, kwargs, training=True), "store")
-        make_registrable(run.guide_trace, run.model_trace)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        self.advance()
+        with RUNNING:
+            loss, run = self._differentiable(problem_of(model, guide, args, kwargs, training=True), "store")
+            make_registrable(run.guide_trace, run.model_trace)
+            if loss.requires_grad:
+                loss.backward(retain_graph=self.retain_graph)
+            self.advance()
         return loss.detach()
 
     def _differentiable(self, problem: Problem, route: str) -> tuple[Tensor, Any]:
-        estimate = self.estimate(problem)
-        surrogate = estimate.loss(estimate.surrogate)
-        loss = surrogate
-        if estimate.surrogate is not estimate.value:
-            loss = estimate.loss(estimate.value).detach() + (surrogate - surrogate.detach())
-        if torch.is_grad_enabled():
-            self._check_trained(problem, estimate.run, surrogate, route)
+        with RUNNING:  # an estimate elsewhere may hold the same parameters constant for a moment
+            estimate = self.estimate(problem)
+            surrogate = estimate.loss(estimate.surrogate)
+            loss = surrogate
+            if estimate.surrogate is not estimate.value:
+                loss = estimate.loss(estimate.value).detach() + (surrogate - surrogate.detach())
+            if torch.is_grad_enabled():
+                self._check_trained(problem, estimate.run, surrogate, route)
         return loss, estimate.run
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:

@@ -12,6 +12,8 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pyro_hvae.problem.isolation import RUNNING
+
 __all__ = ["check_trained", "frozen", "graph_leaves", "make_registrable", "param_sites", "trainable"]
 
 
@@ -43,17 +45,22 @@ def trainable(model: Any, guide: Any, *traces: Trace | None) -> list[Tensor]:
 
 @contextmanager
 def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Treat parameters as constants inside of the block; gradients through other tensors are kept."""
-    held = [parameter for parameter in parameters if parameter.requires_grad and parameter.is_leaf]
-    try:
-        for parameter in held:
-            parameter.requires_grad_(False)
-        with warnings.catch_warnings():  # pyro.module warns of each frozen parameter
-            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
-            yield
-    finally:
-        for parameter in held:
-            parameter.requires_grad_(True)
+    """Treat parameters as constants inside of the block; gradients through other tensors are kept.
+
+    All threads see the same parameters, so :data:`RUNNING` is held: by this block, and by whatever makes a graph of
+    the parameters or sends a gradient to them.
+    """
+    with RUNNING:
+        held = [parameter for parameter in parameters if parameter.requires_grad and parameter.is_leaf]
+        try:
+            for parameter in held:
+                parameter.requires_grad_(False)
+            with warnings.catch_warnings():  # pyro.module warns of each frozen parameter
+                warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+                yield
+        finally:
+            for parameter in held:
+                parameter.requires_grad_(True)
 
 
 def graph_leaves(roots: Iterable[Tensor]) -> dict[int, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_hvae.problem.cached import cached
 from pyro_hvae.problem.enumeration import Enumerated
 from pyro_hvae.problem.execute import Call
+from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.problem.parameters import frozen, trainable
 from pyro_hvae.problem.plates import Layout, LayoutError
 from pyro_hvae.problem.states import draw_states
@@ -144,7 +145,7 @@ class Run:
         """Return the log-density of one site: with masks and user scales, without the scale of the datum's plates."""
         if site["mask"] is False:
             return self._zero(site)
-        with frozen(self._held) if self._held else nullcontext():
+        with RUNNING, frozen(self._held) if self._held else nullcontext():
             value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         self.check_rank(site, value)
         return self.weigh(site, value)

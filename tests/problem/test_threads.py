@@ -181,3 +181,35 @@ def test_an_evaluation_leaves_the_parameters_that_another_thread_makes():
 
     together(evaluate, train)
     assert list(pyro.get_param_store().keys()) == ["of_training"]
+
+
+def test_a_gradient_is_whole_while_another_thread_holds_the_parameters_constant():
+    """``stl``, ``dreg`` and CUBO hold them for a moment.  The prior's mean b has the gradient N (b - a) of the KL."""
+    x = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("b", 0.3 * one), one))
+            pyro.sample("x", dist.Normal(z, one), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", 0.8 * one), one))
+
+    ph.TraceELBO().loss(model, guide, x)
+    b = pyro.param("b")
+
+    def hold() -> None:
+        for _ in range(100):
+            for bound in (ph.IWELBO(2, "stl"), ph.IWELBO(2, "dreg"), ph.CUBO(2, num_particles=2)):
+                bound.differentiable_loss(model, guide, x)
+
+    def train() -> None:
+        for _ in range(300):
+            b.grad = None
+            ph.LayerwiseELBO().loss_and_grads(model, guide, x)
+            assert b.grad is not None
+            assert abs(float(b.grad) - 5 * (0.3 - 0.8)) < 1e-12
+
+    together(hold, train)
