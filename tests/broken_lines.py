@@ -143,7 +143,7 @@ PROBLEM = [
     ("problem/problem.py", "            if not self._checked:", "            if False:", CHANGED),
     ("problem/problem.py", "        if signature == structure.signature:", "        if structure:", CHANGED),
     ("problem/problem.py", "        if self._weighed_by is not None:", "        if False:", KNOWN),
-    ("problem/problem.py", "naming, indices = EventDims(), dict(self._indices)", "naming, indices = EventDims(), self._indices", KNOWN),
+    ("problem/problem.py", "indices = dict(self._indices)\n        structure = derive", "indices = self._indices\n        structure = derive", KNOWN),
     ("problem/problem.py", "other = self._with(**changes)\n        other._indices = self._indices",
      "other = self._with(**changes)", "tests/evidence/test_one_evaluation.py"),
     ("problem/verbs.py", "            problem.settle()\n", "", KNOWN),

@@ -10,10 +10,11 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_hvae.problem.cached import cached
-from pyro_hvae.problem.checks import check_enumerated_shapes, check_observations, check_particles, check_shapes
+from pyro_hvae.problem.checks import check_observations, check_particles
 from pyro_hvae.problem.compare import compare_programs
 from pyro_hvae.problem.dependencies import Dependencies, dependencies_of
-from pyro_hvae.problem.execute import Call, EventDims, Programs
+from pyro_hvae.problem.deriving import derive_structure
+from pyro_hvae.problem.execute import Call, Programs
 from pyro_hvae.problem.isolation import RUNNING, fingerprint, isolated
 from pyro_hvae.problem.knowledge import Knowledge, argument_key, knowledge_of
 from pyro_hvae.problem.particles import check_particles_apart
@@ -173,36 +174,11 @@ class Problem:
             self._recognise(expected, *traces)
 
     def _derive_structure(self) -> Structure:
-        """Derive the structure from a run of one particle, with every check.
-
-        A minibatch that this run draws is not the one of the evaluation.
-        """
-        naming, indices = EventDims(), dict(self._indices)
-        with isolated(self.model, self.guide):
-            call = Call(self.programs, None, indices=indices, handlers=(naming,), validate=True)
-            model_trace, guide_trace = call.traces()
-            uncovered = compare_programs(model_trace, guide_trace)
-            check_observations(model_trace)
-            check_shapes(model_trace, guide_trace)
-            structure = structure_of(model_trace, guide_trace, naming.names, uncovered)
-            if structure.enumerated or structure.enumerated_in_guide:
-                self._check_enumerated(structure, indices)
+        """Derive the structure; a minibatch that this draws is not the one of the evaluation."""
+        indices = dict(self._indices)
+        structure = derive_structure(self.programs, indices)
         self._checked = self._checked or indices.keys() == self._indices.keys()
         return self.knowledge.keep(structure, self._key)
-
-    def _check_enumerated(self, structure: Structure, indices: dict[str, Tensor]) -> None:
-        """Run one particle with the marked sites enumerated."""
-        marked = [*structure.enumerated, *structure.enumerated_in_guide]
-        try:
-            traces = Call(self.programs, structure, indices=indices).traces()
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"the programs fail where all values of {marked} are enumerated at once, along a dim to the left of "
-                f"all plates ({type(error).__name__}: {str(error).splitlines()[0]}): count dims from the right, use "
-                "tensor operations (torch.where, Vindex) where the program reads a value, or draw the variable in the "
-                "guide"
-            ) from error
-        check_enumerated_shapes(structure.max_plate_nesting, *traces)
 
     @property
     def dependencies(self) -> Dependencies:
