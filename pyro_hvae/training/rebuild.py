@@ -18,8 +18,7 @@ from pyro_hvae.training.checkpoint import (
     CONFIG,
     STATE,
     CheckpointError,
-    checkpoints,
-    latest,
+    find,
     read_config,
     read_state,
     read_weights,
@@ -75,7 +74,8 @@ def load(
 
     Args:
         run_dir: a folder that :func:`pyro_hvae.training.fit` wrote.
-        which: ``"last"``, ``"best"`` (by validation loss), or the name of a checkpoint (``"step-00000100"``).
+        which: ``"last"`` (the last that is whole), ``"best"`` (by validation loss), or the name of a checkpoint
+            (``"step-00000100"``).
         programs: (model, guide) that get the weights, for a run whose config has no factory.
         ema: take the exponential moving average of the parameters instead of the parameters.
 
@@ -87,11 +87,7 @@ def load(
     """
     run_dir = Path(run_dir)
     config = read_config(run_dir)
-    directory = run_dir / "checkpoints"
-    path = latest(directory) if which == "last" else directory / which
-    if path is None or not path.is_dir():
-        present = [one.name for one in checkpoints(directory)]
-        raise CheckpointError(f"{directory} has no checkpoint {which!r}; it has {present or 'none'}")
+    path = find(run_dir, which, config.get("run"))
     weights = read_weights(path)
     if ema:
         weights.update(_averages(read_state(path), path))
