@@ -141,6 +141,14 @@ class Run:
         """The present learning rate of the first parameter group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @property
+    def total(self) -> int | None:
+        """Steps of the whole run, or None where the number of batches is unknown."""
+        steps, epochs = self._limits
+        if epochs is None or self.feed.batches is None:
+            return steps
+        return epochs * -(-self.feed.batches // self.accumulate)
+
     def stop(self, reason: str) -> None:
         """Stop the run after this step."""
         self.stopped = reason
