@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_every_verb_on_a_run_directory(tmp_path, images):
     assert found["elbo"] <= found["iwelbo"] < 0
     assert set(found["terms"]) == {"reconstruction", "rate_z1", "kl_z2"}
     assert f"{found['iwelbo']:.4f}" in out
-    again = run("evaluate", "run", "--num_particles", 50, cwd=tmp_path).stdout
+    run("evaluate", "run", "--num_particles", 50, cwd=tmp_path, code=2)
+    again = run("evaluate", "run", "--num_particles", 50, "--force", cwd=tmp_path).stdout
     assert again == out
 
     out = run("sample", "run", "--size", 5, "--image_shape", "[2,3]", cwd=tmp_path).stdout
@@ -130,7 +132,7 @@ def test_every_verb_on_a_run_directory(tmp_path, images):
     assert "z1" in out
     assert (tmp_path / "run" / "posterior.nc").stat().st_size > 0
 
-    out = run("fit", "run", images, "--config", config, "--steps", 20, "--resume", "true", cwd=tmp_path).stdout
+    out = run("fit", "run", images, "--config", config, "--steps", 20, "--resume", cwd=tmp_path).stdout
     assert "run: 20 steps" in out
 
 
@@ -138,11 +140,12 @@ def test_a_users_file_of_two_plain_functions(tmp_path, programs):
     where = f"{programs.name}:"
     out = run(
         "fit", "run", where + "data", "--model", where + "model", "--guide", where + "guide", "--bound", "TraceELBO",
-        "--optimizer", "Adam", "--optimizer.lr", 0.05, "--steps", 400, "--batch_size", "null", "--progress", "false",
+        "--optimizer.lr", 0.05, "--steps", 400, "--batch-size", "null", "--no-progress",
         cwd=tmp_path,
     ).stdout  # fmt: skip
     assert "400 steps" in out
-    out = run("evaluate", tmp_path / "run", "--num_particles", 200, cwd=tmp_path.parent).stdout
+    assert "--trust" in run("evaluate", tmp_path / "run", cwd=tmp_path, code=2).stderr
+    out = run("evaluate", tmp_path / "run", "--num_particles", 200, "--trust", cwd=tmp_path.parent).stdout
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     x = load_data(f"{programs}:data")[0].double()
     n, s2 = len(x), 100.0
@@ -150,7 +153,7 @@ def test_a_users_file_of_two_plain_functions(tmp_path, programs):
     assert found["elbo"] <= float(exact) + 0.05
     assert found["iwelbo"] == pytest.approx(float(exact), abs=0.2)
     assert "all data as one" in out
-    run("sample", "run", cwd=tmp_path)
+    run("sample", "run", "--trust", cwd=tmp_path)
     with np.load(tmp_path / "run" / "samples.npz") as drawn:
         assert drawn["x"].shape == (40,)
 
@@ -161,7 +164,7 @@ def test_a_users_file_with_a_flow_as_guide(tmp_path, programs):
         "fit", "run", where + "pairs", "--model", where + "latent", "--guide", where + "Flow", "--bound", "TraceELBO",
         "--steps", 5, "--progress", "false", cwd=tmp_path,
     )  # fmt: skip
-    out = run("evaluate", "run", "--num_particles", 20, cwd=tmp_path).stdout
+    out = run("evaluate", "run", "--num_particles", 20, "--trust", cwd=tmp_path).stdout
     assert "40 data" in out
 
 
@@ -224,6 +227,111 @@ def test_grey_pixels_are_refused_in_one_line_and_debug_shows_the_traceback(tmp_p
     assert "Traceback" not in done.stderr
     done = run("--debug", *words[:1], "other", *words[2:], cwd=tmp_path, code=1)
     assert "Traceback" in done.stderr
+
+
+def small(*words):
+    """Arguments of a fit of three steps."""
+    return ["fit", "run", "x.npy", "--pair", "vae", "--pair_args.event_shape", "6", "--pair_args.latent_dim", "2",
+            "--steps", "3", *words]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, images):
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fitt", "run"], "there is no verb 'fitt' (did you mean 'fit'?)"),
+        (small("--resum"), "there is no --resum (did you mean 'resume'?)"),
+        (small("--bound", "IWEBLO"), "there is no bound 'IWEBLO' (did you mean 'IWELBO'?)"),
+        (small("--optimizer", "Adm"), "there is no optimizer 'Adm' (did you mean 'Adam'?)"),
+        (small("--bound", "IWELBO"), "num_particles"),
+        (["fit", "run", "digits", "--pair", "vea", "--steps", "1"], "there is no pair 'vea' (did you mean 'vae'?)"),
+        (["fit", "run", "digit", "--pair", "vae", "--steps", "1"], "latent_dim"),
+        (["fit", "run"], "data"),
+        (small("--lr", "-1"), "lr must be a positive number, got -1.0"),
+        (small("--lr", "1", "--optimizer", "SGD"), "either by --lr, or by --optimizer.lr"),
+        (small("--held_out", "digit"), "data can't be 'digit' (did you mean 'digits'?)"),
+    ],
+)
+def test_what_is_missing_or_misspelt_is_told(folder, capsys, words, message):
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not (folder / "run").exists()
+
+
+def test_switches_rates_and_short_names(folder, capsys):
+    assert main(small("--lr", "0.5", "--no-progress")) == 0
+    config = json.loads((folder / "run" / "config.json").read_text())
+    assert config["settings"]["optimizer"]["groups"][0]["lr"] == 0.5
+    assert config["factory"]["args"]["pair"] == "pyro_hvae.models.vae"
+    assert main(small("--lr", "0.5", "--resume", "--steps", "4")) == 0
+    assert capsys.readouterr().err.count("step 4 of 4: loss ") == 1
+    assert main(["evaluate", "run", "--ema"]) == 2
+    assert "no moving average" in capsys.readouterr().err
+
+
+def test_a_run_that_was_interrupted_can_be_evaluated(folder, capsys, monkeypatch):
+    from pyro_hvae.training import ConsoleLog
+
+    def interrupt(self, run, record):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ConsoleLog, "on_record", interrupt)
+    assert main(small("--log_every", "2", "--checkpoint_every", "1")) == 130
+    assert main(["evaluate", "run", "--num_particles", "5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def pair(:\n", "line 1 stopped with SyntaxError"),
+        ("import no_such_module\n", "line 1 stopped with ModuleNotFoundError"),
+        ("x = {}\ny = x['key']\n", "line 2 stopped with KeyError"),
+        ("def pair():\n    return {}['key']\n", "line 2: KeyError: 'key'"),
+        ("def pair():\n    assert False\n", "line 2: AssertionError"),
+        ("def pair():\n    def p(x):\n        return x.nothing\n    return p, p\n", "line 3: AttributeError"),
+    ],
+)
+def test_errors_of_a_users_file_are_one_line_with_its_place(folder, capsys, content, message):
+    (folder / "own.py").write_text(content)
+    assert main(["fit", "run", "x.npy", "--pair", "own.py:pair", "--steps", "1"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{folder / 'own.py'}, {message}" in line
+
+
+def test_tables(folder, capsys):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [0.0, 1.0, 1.0], "b": [True, False, True]})
+    frame.to_csv("t.csv", index=False)
+    x, held_out = load_data("t.csv")
+    assert x.tolist() == [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
+    assert held_out is None
+    frame.assign(c=["u", "v", "w"]).to_csv("words.csv", index=False)
+    frame.assign(b=[1.0, None, 0.0]).to_csv("gaps.csv", index=False)
+    for name, message in (("words.csv", "columns ['c'] hold no numbers"), ("gaps.csv", "columns ['b'] are missing")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_data(name)
+
+
+def test_samples_of_a_model_with_a_context_have_contexts_of_the_data(folder, capsys):
+    (folder / "own.py").write_text(
+        "import pyro_hvae as ph\nfrom torch import nn\n"
+        "def pair():\n"
+        "    return (ph.TopDown(z=ph.StandardNormal(2), x=ph.Gaussian(nn.Linear(3, 2))),\n"
+        "            ph.BottomUp(z=ph.Gaussian(nn.Linear(2, 4))))\n"
+    )
+    np.savez("d.npz", x=np.zeros((4, 1), dtype="float32"), context=np.array([[0.0], [1], [2], [3]], dtype="float32"))
+    words = ["fit", "run", "d.npz", "--pair", "own.py:pair", "--steps", "1", "--bound", "TraceELBO"]
+    assert main(words) == 0
+    assert main(["sample", "run", "--trust", "--size", "6"]) == 0
+    with np.load("run/samples.npz") as drawn:
+        assert len(drawn["x"]) == 6
 
 
 def test_unknown_flags_and_help(capsys):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_hvae import models
+from pyro_hvae.cli.words import FILES, is_code, suggest
 from pyro_hvae.data import binarize, digits, idx_folder
+from pyro_hvae.training.trust import UntrustedError
 
-__all__ = ["Redrawn", "absolute", "load_data", "load_object", "make", "make_pair", "thresholded"]
+__all__ = [
+    "Redrawn", "absolute", "full_name", "load_data", "load_object", "make", "make_pair", "place_of", "thresholded",
+]  # fmt: skip
 
 Spec = str | dict[str, Any]
 
@@ -47,8 +55,9 @@ def load_object(path: str) -> Any:
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
-            names = ", ".join(sorted(key for key in vars(value) if not key.startswith("_"))[:20])
-            raise ImportError(f"{place!r} has no {part!r}; it has {names or 'nothing'}.")
+            known = sorted(key for key in getattr(value, "__dict__", {}) if not key.startswith("_"))
+            near = suggest(part, known)
+            raise ImportError(f"{place!r} has no {part!r}{near}; it has {', '.join(known[:20]) or 'nothing'}.")
         value = getattr(value, part)
     return value
 
@@ -104,7 +113,10 @@ def make_pair(
     if (pair is None) == (model is None) or (model is None) != (guide is None):
         raise ValueError("name the programs either by pair, or by model and guide.")
     if pair is not None:
-        programs = load_object(pair)(**make(dict(pair_args or {})))
+        function = load_object(full_name(pair))
+        if not callable(function):
+            raise ValueError(f"{pair} must be a function that returns (model, guide), got {type(function).__name__}.")
+        programs = function(**make(dict(pair_args or {})))
         if not isinstance(programs, tuple) or len(programs) != 2:
             raise ValueError(f"{pair} must return (model, guide), got {type(programs).__name__}.")
         return programs
@@ -114,22 +126,50 @@ def make_pair(
     return first, _program(guide, {"model": first})
 
 
-def load_data(spec: str) -> tuple[Any, Any]:
+def full_name(pair: str) -> str:
+    """Return the path of a pair; a name without a dot is a function of :mod:`pyro_hvae.models`.
+
+    Raises:
+        ValueError: for such a name that is none, with the nearest one.
+
+    Example:
+        >>> full_name("hvae")
+        'pyro_hvae.models.hvae'
+    """
+    if "." in pair or ":" in pair:
+        return pair
+    known = [name for name in models.__all__ if isfunction(getattr(models, name))]
+    if pair not in known:
+        raise ValueError(f"there is no pair {pair!r}{suggest(pair, known)}: name one of {', '.join(known)}, or a "
+                         "function as package.module.name or file.py:name.")  # fmt: skip
+    return f"pyro_hvae.models.{pair}"
+
+
+def load_data(spec: str, *, source: Any = None) -> tuple[Any, Any]:
     """Load data by name.
 
     Args:
         spec: ``digits``; ``idx:FOLDER`` in MNIST's format; a file ``.npy`` (one array), ``.npz`` (arrays by the names
-            of the programs' arguments) or ``.pt`` (tensor, tuple or dict); or the path of an object or function in
-            Python, ``file.py:name``.
+            of the programs' arguments), ``.pt`` (tensor, tuple or dict), ``.csv`` or ``.parquet`` (a table of numbers,
+            one row a datum); or the path of an object or function in Python, ``file.py:name``.
+        source: the file that names it, which is not trusted; Python is refused then.
 
     Returns:
         Data to train on and data held out, or ``None``. Each is a tensor, a tuple (positional arguments) or a
         dict (by name), floats in the default dtype.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a damaged file.
         FileNotFoundError: for a missing file.
+        UntrustedError: for Python named by an untrusted file.
     """
+    if not isinstance(spec, str) or not spec:
+        raise ValueError(f"data must be a name, got {spec!r}.")
+    if source is not None and is_code(spec):
+        raise UntrustedError(
+            f"{source} would run {spec!r} to get the data. If you trust whoever wrote it, pass --trust, or name the "
+            "data by --data"
+        )
     if spec == "digits":
         split = digits()
         return split.train, split.test
@@ -137,20 +177,23 @@ def load_data(spec: str) -> tuple[Any, Any]:
         split = idx_folder(spec.removeprefix("idx:"))
         return split.train, split.test
     suffix = Path(spec).suffix
-    if suffix in (".npy", ".npz", ".pt") and not Path(spec).exists():
-        raise FileNotFoundError(f"no file {spec!r} to read data from.")
-    if suffix == ".npy":
-        return _tensors(np.load(spec, allow_pickle=False)), None
-    if suffix == ".npz":
-        with np.load(spec, allow_pickle=False) as arrays:
-            return _tensors({name: arrays[name] for name in arrays.files}), None
-    if suffix == ".pt":
-        return _tensors(torch.load(spec, weights_only=True)), None
+    if suffix in FILES:
+        if not Path(spec).is_file():
+            raise FileNotFoundError(f"no file {spec!r} to read data from.")
+        try:
+            return _tensors(_READERS[suffix](spec)), None
+        except ImportError as error:
+            raise ImportError(f"reading {spec} needs another package: {error}.") from error
+        except Exception as error:  # each reader raises errors of its own
+            raise ValueError(
+                f"{spec} is damaged, or no {suffix} file of arrays ({type(error).__name__}: {error})."
+            ) from error
     if ":" in spec or "." in spec:
         data = load_object(spec)
         return _tensors(data() if callable(data) else data), None
     raise ValueError(
-        f"data can't be {spec!r}: name digits, idx:FOLDER, a file .npy, .npz or .pt, or an object as file.py:name."
+        f"data can't be {spec!r}{suggest(spec, ['digits'])}: name digits, idx:FOLDER, a file {', '.join(FILES)}, or an "
+        "object as file.py:name."
     )
 
 
@@ -174,13 +217,41 @@ def absolute(spec: Any) -> Any:
     if isinstance(spec, str) and ".py:" in spec:
         place, _, name = spec.rpartition(":")
         return f"{Path(place).resolve()}:{name}"
-    if isinstance(spec, str) and Path(spec).suffix in (".npy", ".npz", ".pt"):
+    if isinstance(spec, str) and Path(spec).suffix in FILES:
         return str(Path(spec).resolve())
     if isinstance(spec, str) and spec.startswith("idx:"):
         return f"idx:{Path(spec.removeprefix('idx:')).resolve()}"
     if isinstance(spec, Mapping):
         return {key: absolute(value) for key, value in spec.items()}
     return [absolute(value) for value in spec] if isinstance(spec, (list, tuple)) else spec
+
+
+def _arrays(path: str) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _table(path: str) -> np.ndarray:
+    """Read a table of numbers, (N, columns); True and False are 1 and 0."""
+    import pandas
+
+    frame = pandas.read_csv(path) if path.endswith(".csv") else pandas.read_parquet(path)
+    words = [str(name) for name in frame.columns if frame[name].dtype.kind not in "fiub"]
+    if words:
+        raise ValueError(f"the columns {words} hold no numbers: code them as numbers first")
+    if frame.isna().to_numpy().any():
+        missing = [str(name) for name in frame.columns if frame[name].isna().any()]
+        raise ValueError(f"entries of the columns {missing} are missing: fill them or drop their rows")
+    return frame.to_numpy(dtype=np.float64)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".npy": partial(np.load, allow_pickle=False),
+    ".npz": _arrays,
+    ".pt": partial(torch.load, weights_only=True, map_location="cpu"),
+    ".csv": _table,
+    ".parquet": _table,
+}
 
 
 def _module_of(file: Path) -> Any:
@@ -200,10 +271,29 @@ def _module_of(file: Path) -> Any:
         sys.path.append(str(file.parent))
     try:
         spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ImportError(f"{place_of(error, file)} stopped with {type(error).__name__}: {error}") from error
     except BaseException:
         del sys.modules[name]
         raise
     return module
+
+
+def place_of(error: BaseException, default: Any = "") -> str:
+    """Return file and line of an error: the last line outside of this library and of installed packages."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    place, trace = str(default), error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not any(part in file for part in _INSTALLED) and not file.startswith("<"):
+            place = f"{file}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+_INSTALLED = (str(Path(__file__).parent.parent), "site-packages", "dist-packages", str(Path(inspect.__file__).parent))
 
 
 def _program(spec: Spec, made: Mapping[str, Any]) -> Any:

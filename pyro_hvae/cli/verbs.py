@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,20 +13,22 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
-from jsonargparse import lazy_instance
 from torch import Tensor
 
 from pyro_hvae.bounds import IWELBO, LayerwiseELBO
 from pyro_hvae.bounds.base import Objective
-from pyro_hvae.cli.specs import Redrawn, absolute, load_data, make_pair, thresholded
+from pyro_hvae.cli.specs import Redrawn, absolute, full_name, load_data, make_pair, thresholded
 from pyro_hvae.diagnostics import diagnose as examine
 from pyro_hvae.diagnostics import to_datatree
 from pyro_hvae.problem import Problem
 from pyro_hvae.problem.structure import sample_sites
+from pyro_hvae.training import ConsoleLog, load
 from pyro_hvae.training import fit as train
-from pyro_hvae.training import load
 from pyro_hvae.training.feed import as_batch
+from pyro_hvae.training.files import inside, write_atomically
 from pyro_hvae.training.objective import accepts
+from pyro_hvae.training.step import adam
+from pyro_hvae.training.trust import UntrustedError
 
 __all__ = ["demo", "diagnose", "evaluate", "fit", "sample"]
 
@@ -52,7 +56,8 @@ def fit(
     pair_args: dict[str, Any] | None = None,
     model: str | dict[str, Any] | None = None,
     guide: str | dict[str, Any] | None = None,
-    bound: Objective = lazy_instance(LayerwiseELBO),  # noqa: B008
+    bound: Objective | None = None,
+    lr: float | None = None,
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
     epochs: int | None = None,
     steps: int | None = None,
@@ -69,17 +74,21 @@ def fit(
     compile: bool = False,
     tensorboard: bool = False,
     progress: bool = True,
+    trust: bool = False,
 ) -> None:
     """Train a model and a guide; write weights, history and checkpoints to a run directory.
 
     Args:
         run_dir: folder of the run.
-        data: digits, idx:FOLDER (MNIST's format), a file .npy, .npz or .pt, or an object or function as file.py:name.
-        pair: function that returns (model, guide), as package.module.function or file.py:function.
+        data: digits, idx:FOLDER (MNIST's format), a file .npy, .npz, .pt, .csv or .parquet (numbers, a row a datum), or
+            an object or function as file.py:name.
+        pair: vae, hvae, ladder_vae, or a function that returns (model, guide), as package.module.function or
+            file.py:function.
         pair_args: its arguments.
         model: the model alone, as file.py:name or class_path with init_args; with guide, instead of pair.
         guide: the guide, likewise; $model stands for the model.
-        bound: what is maximised.
+        bound: what is maximised; LayerwiseELBO by default.
+        lr: learning rate, 1e-3 by default.
         optimizer: a class of torch.optim and its arguments; Adam at rate 1e-3 by default.
         epochs: passes over the data, a resumed run's first part included; this or steps.
         steps: optimiser steps, likewise.
@@ -95,18 +104,23 @@ def fit(
         ema: decay of a moving average of the parameters.
         compile: make one graph of each step.
         tensorboard: log there too.
-        progress: show a bar.
+        progress: show a bar; where standard error is no terminal, a line for each record.
+        trust: call what the YAML file names, whatever it is.
     """
     torch.manual_seed(seed)
+    pair = None if pair is None else full_name(pair)
     spec = {"pair": pair, "pair_args": pair_args, "model": model, "guide": guide}
     recipe: dict[str, Any] = {key: absolute(value) for key, value in spec.items() if value is not None}
     programs = make_pair(**recipe)
     training_data, validation = _load_split(data, held_out, binarize)
+    bar = progress and sys.stderr.isatty()
+    log = [ConsoleLog()] if progress and not bar else []
+    command = {"data": absolute(data), "held_out": absolute(held_out), "binarize": binarize}
     result = train(
         *programs,
         training_data,
-        bound=bound,
-        optimizer=optimizer,
+        bound=LayerwiseELBO() if bound is None else bound,
+        optimizer=_optimizer(optimizer, lr),
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
@@ -121,15 +135,34 @@ def fit(
         ema=ema,
         compile=compile,
         tensorboard=tensorboard,
-        progress=progress,
+        progress=bar,
         run_dir=run_dir,
         factory=("pyro_hvae.cli.specs:make_pair", recipe),
+        callbacks=[_Command(Path(run_dir), command), *log],
     )
-    command = {"data": absolute(data), "held_out": absolute(held_out), "binarize": binarize}
-    (Path(run_dir) / _COMMAND).write_text(json.dumps(command, indent=2) + "\n", encoding="utf-8")
     last = next((record["loss"] for record in reversed(result.history) if record.get("loss") is not None), math.nan)
     stopped = "" if result.stopped is None else f"; stopped: {result.stopped}"
     print(f"{run_dir}: {result.steps} steps, loss {last:.4f} nats a datum{stopped}")
+
+
+class _Command:
+    """Callback that writes what the other verbs need, when a run starts: they can use a run that was interrupted."""
+
+    def __init__(self, run_dir: Path, command: dict[str, Any]) -> None:
+        self.path, self.content = run_dir / _COMMAND, command
+
+    def on_start(self, run: Any) -> None:
+        write_atomically(self.path, (json.dumps(self.content, indent=2) + "\n").encode())
+
+
+def _optimizer(optimizer: Any, lr: float | None) -> Any:
+    if lr is None:
+        return optimizer
+    if optimizer is not None:
+        raise ValueError("give the rate either by --lr, or by --optimizer.lr with --optimizer.")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr must be a positive number, got {lr}.")
+    return partial(adam, lr=lr)
 
 
 def evaluate(
@@ -137,6 +170,7 @@ def evaluate(
     data: str | None = None,
     num_particles: int = 1000,
     chunk_size: int = 10,
+    force: bool = False,
     **selection: Any,
 ) -> None:
     """Report the bounds on held-out data and the terms of the layers; writes evaluation.json.
@@ -146,10 +180,12 @@ def evaluate(
         data: as in fit; by default what the run held out, or else what it was trained on.
         num_particles: draws of the importance-weighted bound.
         chunk_size: draws at once; memory grows with it.
-        **selection: which, ema and seed of :func:`_load_pair`.
+        force: replace an earlier evaluation.json.
+        **selection: which, ema, seed and trust of :func:`_load_pair`.
     """
+    (path,) = _outputs(force, Path(run_dir) / "evaluation.json")
     model, guide = _load_pair(run_dir, **selection)
-    args, kwargs, which_data = _recorded(run_dir, data)
+    args, kwargs, which_data = _recorded(run_dir, data, selection.get("trust", False))
     problem = Problem(model, guide)(*args, **kwargs)
     weighted = IWELBO(num_particles, chunk_size=chunk_size).terms(problem)
     terms = LayerwiseELBO(num_particles=min(num_particles, chunk_size)).terms(problem)
@@ -166,7 +202,7 @@ def evaluate(
     print(f"IWELBO, K = {num_particles:<6} {result['iwelbo']:12.4f} +- {result['iwelbo_stderr']:.4f} {unit}")
     for name, value in result["terms"].items():
         print(f"  {name:<16} {value:12.4f}")
-    (Path(run_dir) / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def sample(
@@ -174,11 +210,13 @@ def sample(
     out: str | None = None,
     size: int = 64,
     image_shape: tuple[int, int] | None = None,
+    force: bool = False,
     **selection: Any,
 ) -> None:
     """Draw from the model, every site, into a .npz file; images also into a .png.
 
-    A program with an argument ``size`` draws that many data; any other runs on the data of the run with its
+    A program with an argument ``size`` draws that many data. If it was trained with a context, contexts are those of
+    the data, in their order and from the start again. Any other program runs on the data of the run with its
     observations drawn, and gives as many data as those.
 
     Args:
@@ -186,29 +224,34 @@ def sample(
         out: the .npz file; samples.npz in the run directory by default.
         size: how many data.
         image_shape: height and width; also draws a picture of the first 100 data beside the file.
-        **selection: which, ema and seed of :func:`_load_pair`.
+        force: replace earlier files.
+        **selection: which, ema, seed and trust of :func:`_load_pair`.
     """
     import numpy as np
 
     if size < 1:
         raise ValueError(f"size must be >= 1, got {size}.")
+    path = Path(out) if out is not None else Path(run_dir) / "samples.npz"
+    picture = path.with_suffix(".png")
+    _outputs(force, path, *([picture] if image_shape is not None else []))
     model, _ = _load_pair(run_dir, **selection)
+    trust = selection.get("trust", False)
+    args: tuple = ()
     if accepts(model, "size"):
-        program, args, kwargs = model, (), {"size": size}
+        program, kwargs = model, _sizes(model, run_dir, size, trust)
     else:
-        args, kwargs, _ = _recorded(run_dir, None)
+        args, kwargs, _ = _recorded(run_dir, None, trust)
         program = poutine.uncondition(model)
     with torch.no_grad():
         trace = poutine.trace(program).get_trace(*args, **kwargs)
     drawn = {site["name"]: site["value"].cpu().numpy() for site in sample_sites(trace)}
-    path = Path(out) if out is not None else Path(run_dir) / "samples.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **drawn)
+    with open(path, "wb") as file:  # np.savez would add a suffix
+        np.savez(file, **drawn)
     print(f"{path}: " + ", ".join(f"{name} {value.shape}" for name, value in drawn.items()))
     if image_shape is not None:
         from pyro_hvae.plots import samples
 
-        picture = path.with_suffix(".png")
         samples(list(drawn.values())[-1][:100], image_shape).savefig(picture, dpi=150)
         print(picture)
 
@@ -218,6 +261,7 @@ def diagnose(
     data: str | None = None,
     num_draws: int = 500,
     max_data: int = 100,
+    force: bool = False,
     **selection: Any,
 ) -> None:
     """Report the reliability of the posterior; writes draws to posterior.nc and the report to report.json.
@@ -227,22 +271,54 @@ def diagnose(
         data: as in fit; by default what the run held out, or else what it was trained on.
         num_draws: draws of the guide.
         max_data: number of data, the first ones.
-        **selection: which, ema and seed of :func:`_load_pair`.
+        force: replace earlier files.
+        **selection: which, ema, seed and trust of :func:`_load_pair`.
     """
+    if num_draws < 1 or max_data < 1:
+        raise ValueError(f"num_draws and max_data must be at least 1, got {num_draws} and {max_data}.")
+    path, written = _outputs(force, Path(run_dir) / "posterior.nc", Path(run_dir) / "report.json")
     model, guide = _load_pair(run_dir, **selection)
-    args, kwargs, which_data = _recorded(run_dir, data)
+    args, kwargs, which_data = _recorded(run_dir, data, selection.get("trust", False))
     first = partial(_rows, count=max_data, total=_size(args, kwargs))
     args, kwargs = tuple(first(value) for value in args), {name: first(value) for name, value in kwargs.items()}
     tree = to_datatree(model, guide, *args, num_draws=num_draws, **kwargs)
-    path = Path(run_dir) / "posterior.nc"
     tree.to_netcdf(path, engine="h5netcdf")
     print(f"{which_data}: {num_draws} draws in {path}")
     report = examine(model, guide, *args, num_draws=max(num_draws, 100), **kwargs)
-    (Path(run_dir) / "report.json").write_text(report.to_json())
+    write_atomically(written, report.to_json().encode())
     print(report)
 
 
-def _load_pair(run_dir: str, which: str = "last", ema: bool = False, seed: int = 0) -> tuple[Any, Any]:
+def _outputs(force: bool, *paths: Path) -> tuple[Path, ...]:
+    """Return the paths of outputs, which do not exist; with ``force`` earlier files are removed."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(f"{path} is a folder: name a file.")
+        if path.is_symlink() or path.exists():
+            if not force:
+                raise FileExistsError(f"{path} exists: pass --force to replace it.")
+            path.unlink()
+    return paths
+
+
+def _sizes(model: Any, run_dir: str, size: int, trust: bool) -> dict[str, Any]:
+    """Return the keywords by which a model draws ``size`` data: a context of the run's data, if it had one."""
+    if not accepts(model, "context") or not (Path(run_dir) / _COMMAND).exists():
+        return {"size": size}
+    try:
+        args, kwargs, _ = _recorded(run_dir, None, trust)
+    except UntrustedError:
+        return {"size": size}
+    forward = model.forward if isinstance(model, torch.nn.Module) else model
+    context = {**dict(zip(inspect.signature(forward).parameters, args)), **kwargs}.get("context")
+    if context is None:
+        return {"size": size}
+    return {"context": context[torch.arange(size) % len(context)]}
+
+
+def _load_pair(
+    run_dir: str, which: str = "last", ema: bool = False, seed: int = 0, trust: bool = False
+) -> tuple[Any, Any]:
     """Load the pair of a run, and seed its draws.
 
     Args:
@@ -250,33 +326,42 @@ def _load_pair(run_dir: str, which: str = "last", ema: bool = False, seed: int =
         which: last, best, or the name of a checkpoint.
         ema: take the moving averages of the parameters.
         seed: of the draws.
+        trust: call the functions that the run directory names, whatever they are.
     """
     torch.manual_seed(seed)
-    return load(run_dir, which=which, ema=ema)
+    return load(run_dir, which=which, ema=ema, trust=trust)
 
 
-def _load_split(data: str, held_out: str | None, binarize: float | str | None) -> tuple[Any, Any]:
+def _load_split(
+    data: str, held_out: str | None, binarize: float | str | None, source: Any = None
+) -> tuple[Any, Any]:
     """Load training data and held-out data, binarised by a threshold if there is one."""
     if isinstance(binarize, str) and binarize != "random":
         raise ValueError(f"binarize is a threshold in [0, 1], or random; got {binarize!r}.")
-    split = load_data(data)
+    split = load_data(data, source=source)
     if held_out is not None:
-        split = split[0], load_data(held_out)[0]
+        split = split[0], load_data(held_out, source=source)[0]
     if binarize is None or binarize == "random":
         return split
     first, second = (None if part is None else thresholded(part, float(binarize)) for part in split)
     return first, second
 
 
-def _recorded(run_dir: str, data: str | None) -> tuple[tuple, dict[str, Any], str]:
+def _recorded(run_dir: str, data: str | None, trust: bool) -> tuple[tuple, dict[str, Any], str]:
     """Load the arguments of the programs, from ``data`` or the data of the run; return them with their name."""
-    path = Path(run_dir) / _COMMAND
-    command = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path = inside(Path(run_dir), Path(run_dir) / _COMMAND)
+    try:
+        command = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}).") from error
+    if not isinstance(command, dict) or not isinstance(command.get("binarize"), (str, float, int, type(None))):
+        raise ValueError(f"{path} was not written by `pyro-hvae fit`.")
     if data is None and "data" not in command:
         raise ValueError(f"{run_dir} was not written by `pyro-hvae fit` and names no data: give --data.")
     name = command["data"] if data is None else data
     held_out = command.get("held_out") if data is None else None
-    training_data, validation = _load_split(name, held_out, command.get("binarize"))
+    source = path if data is None and not trust else None
+    training_data, validation = _load_split(name, held_out, command.get("binarize"), source)
     label = f"{name}, held out" if validation is not None else name
     args, kwargs = as_batch(training_data if validation is None else validation)
     if command.get("binarize") == "random":

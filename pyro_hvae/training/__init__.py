@@ -1,7 +1,7 @@
 """Training: a loop, checkpoints that resume bit for bit, and many processes."""
 
 from pyro_hvae.training.averages import Averages
-from pyro_hvae.training.callbacks import Callback, EarlyStopping, ProgressBar, TensorBoard
+from pyro_hvae.training.callbacks import Callback, ConsoleLog, EarlyStopping, ProgressBar, TensorBoard
 from pyro_hvae.training.checkpoint import CheckpointError
 from pyro_hvae.training.compile import compile_step
 from pyro_hvae.training.distributed import Ranks
@@ -10,11 +10,13 @@ from pyro_hvae.training.history import History
 from pyro_hvae.training.loop import Run
 from pyro_hvae.training.nonfinite import NonFiniteError
 from pyro_hvae.training.rebuild import load
+from pyro_hvae.training.trust import UntrustedError
 
 __all__ = [
     "Averages",
     "Callback",
     "CheckpointError",
+    "ConsoleLog",
     "EarlyStopping",
     "History",
     "NonFiniteError",
@@ -23,6 +25,7 @@ __all__ = [
     "Result",
     "Run",
     "TensorBoard",
+    "UntrustedError",
     "compile_step",
     "fit",
     "fit_restarts",

@@ -65,6 +65,12 @@ class Averages:
         return {"decay": self.decay, "parameters": self.parameters}
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Start the averages at the present parameters."""
+        for name, parameter in self._own.items():
+            self.parameters[name].copy_(parameter)
+
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         for name, average in self.parameters.items():
             average.copy_(state["parameters"][name])

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm.auto import tqdm
@@ -11,7 +15,7 @@ from tqdm.auto import tqdm
 if TYPE_CHECKING:
     from pyro_hvae.training.loop import Run
 
-__all__ = ["Callback", "EarlyStopping", "ProgressBar", "TensorBoard"]
+__all__ = ["Callback", "ConsoleLog", "EarlyStopping", "ProgressBar", "TensorBoard"]
 
 
 class Callback(Protocol):
@@ -65,6 +69,30 @@ class ProgressBar:
     def on_end(self, run: Run) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class ConsoleLog:
+    """Print a line for each record: steps, loss, time a step and time left; for logs in files.
+
+    Args:
+        print: takes a line; by default it goes to standard error.
+    """
+
+    def __init__(self, print: Callable[[str], Any] | None = None) -> None:
+        self._print = (lambda line: tqdm.write(line, file=sys.stderr)) if print is None else print
+        self._start, self._first = 0.0, 0
+
+    def on_start(self, run: Run) -> None:
+        self._start, self._first = time.monotonic(), run.step
+
+    def on_record(self, run: Run, record: dict[str, Any]) -> None:
+        hidden = {"step", "epoch", "seconds"}
+        fields = [f"{name} {value:.6g}" for name, value in record.items() if name not in hidden and value is not None]
+        made, total = run.step - self._first, run.total
+        each = (time.monotonic() - self._start) / max(made, 1)
+        left = "" if total is None else f", {timedelta(seconds=round(each * max(total - run.step, 0)))} left"
+        steps = f"step {run.step}" if total is None else f"step {run.step} of {total}"
+        self._print(f"{steps}: {', '.join(fields)}, {1000 * each:.1f} ms a step{left}")
 
 
 class TensorBoard:

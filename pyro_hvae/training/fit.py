@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import pyro_hvae
 from pyro_hvae.bounds.base import Objective
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.arguments import (
@@ -25,12 +24,14 @@ from pyro_hvae.training.averages import Averages
 from pyro_hvae.training.batches import check_data, require_scale
 from pyro_hvae.training.callbacks import ProgressBar, TensorBoard
 from pyro_hvae.training.compile import CompiledStep
+from pyro_hvae.training.directory import RunDirectory
 from pyro_hvae.training.distributed import Ranks, seed_rank
 from pyro_hvae.training.feed import Batch, Feed, as_batch, feed
 from pyro_hvae.training.history import History
 from pyro_hvae.training.loop import Data, Records, Run, Steps
 from pyro_hvae.training.objective import PairObjective
 from pyro_hvae.training.rebuild import factory_record
+from pyro_hvae.training.settings import describe, describe_feed, describe_optimizer, describe_schedule
 from pyro_hvae.training.step import Autocast, CompiledBatches, EagerStep, make_optimizer
 
 __all__ = ["Result", "fit", "fit_restarts"]
@@ -84,7 +85,7 @@ def fit(
     run_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     keep: int = 2,
-    resume: bool = False,
+    resume: bool | str = False,
     factory: Any = None,
     log_every: int = 100,
     terms_every: int = 500,
@@ -136,7 +137,9 @@ def fit(
         run_dir: directory for config, history and checkpoints.
         checkpoint_every: steps between checkpoints; by default after an epoch, if 1000 steps passed, and at the end.
         keep: number of checkpoints that are kept, besides the best.
-        resume: continue from the last checkpoint of ``run_dir``, bit for bit, if there is one.
+        resume: continue from the last whole checkpoint of ``run_dir``, bit for bit, if there is one.  What shapes the
+            result (data, bound, optimiser, schedule, seed, ...) is compared with what the run was started with;
+            ``"anyway"`` warns of differences, and goes on with the settings of this call.
         factory: how to build the programs again for :func:`load`: ``("package.module:function", arguments)``, with
             the function returning (model, guide).  Programs of :mod:`pyro_hvae.models` have it.
         log_every: steps between records of loss and rate.
@@ -156,7 +159,9 @@ def fit(
             and a latent outside of their plate that is not scaled to N; for observations that the likelihood can't
             take.
         FileExistsError: if ``run_dir`` holds a run and ``resume`` is False.
-        CheckpointError: if the checkpoint to resume from is damaged or of another architecture.
+        RuntimeError: if another run is training in ``run_dir``.
+        CheckpointError: if no checkpoint to resume from is whole, or it is of another architecture, or the run was
+            started with other settings; nothing is changed then.
         NonFiniteError: when the loss becomes NaN or infinite: with step and sites; the parameters are restored to
             the last good state.
         OSError: if a checkpoint cannot be written; the last one is kept.
@@ -183,94 +188,94 @@ def fit(
         validate_every=validate_every, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     check_switches(
-        compile, shuffle=shuffle, drop_last=drop_last, resume=resume, progress=progress, tensorboard=tensorboard
-    )
+        compile, shuffle=shuffle, drop_last=drop_last, resume=resume == "anyway" or resume, progress=progress,
+        tensorboard=tensorboard,
+    )  # fmt: skip
     ranks = Ranks(fabric)
     directory = None if run_dir is None else Path(run_dir)
-    source = _resume_from(directory, resume, ranks)
     if tensorboard and directory is None:
         raise ValueError("tensorboard=True writes under run_dir: pass run_dir")
+    settings: dict[str, Any] = {"bound": describe(bound)}  # its first use may set attributes
+    with RunDirectory(directory, resume, ranks) as place:
+        if seed is None:
+            seed = _seed(place)
+        whole = feed(data, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        held_out = None if validation is None else feed(validation, batch_size=batch_size, shuffle=False)
+        batches = whole if ranks.world_size == 1 else whole.shard(ranks.rank, ranks.world_size)
+        change = _transform(transform)
 
-    state = None if source is None else checkpoint.read_state(source)
-    if state is not None:
-        seed = state["seed"]
-    elif seed is None:
-        seed = int(torch.randint(2**31, ()))
-    whole = feed(data, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
-    held_out = None if validation is None else feed(validation, batch_size=batch_size, shuffle=False)
-    batches = whole if ranks.world_size == 1 else whole.shard(ranks.rank, ranks.world_size)
-    change = _transform(transform)
+        check_data_size(data_size, whole)
+        example = _example(batches, change)
+        check_batch(example)
+        size = data_size if data_size is not None else whole.data_size
+        try:
+            objective = PairObjective(bound, model, guide, *example, size)
+        except RuntimeError as error:
+            if what := dtypes_differ(model, guide, example):
+                raise TypeError(what) from error
+            raise
+        require_scale(objective, example, batches, size)
+        check_data(objective, example, whole, None if transform is None else change)
+        if place.source is None and isinstance(bound, Objective):
+            bound.restart()
+        objective.train()
+        own_optimizer = make_optimizer(optimizer, objective)
+        settings["optimizer"] = describe_optimizer(own_optimizer)
+        cast = objective if precision is None else Autocast(objective, precision)
+        wrapped, stepped = ranks.setup(cast, own_optimizer)
+        if ranks.world_size > 1 and place.source is None:
+            seed_rank(seed, ranks.rank)
+        eager = EagerStep(wrapped, stepped, clip_norm=clip_norm, fabric=fabric)
+        step: Any = eager
+        if compile is not False:
+            if fabric is not None:
+                raise ValueError(
+                    "compile= and fabric= can't be used together: the gradients of a compiled step are not synced"
+                )
+            options = dict(compile) if isinstance(compile, Mapping) else {}
+            step = CompiledBatches(CompiledStep(cast, own_optimizer, clip_norm=clip_norm, **options))
+        averages = None if ema is None else Averages(objective, ema)
+        own_schedule = None if schedule is None else schedule(own_optimizer)
+        if directory is not None:
+            settings |= {
+                "schedule": describe_schedule(own_schedule), "data": describe_feed(whole), "data_size": size,
+                "batch_size": getattr(whole, "batch_size", batch_size), "shuffle": shuffle, "drop_last": drop_last,
+                "transform": describe(transform), "seed": seed, "validation": describe_feed(held_out),
+                "validate_every": validate_every, "clip_norm": clip_norm, "accumulate": accumulate, "ema": ema,
+                "precision": precision, "compile": describe(compile),
+            }  # fmt: skip
+            place.compare(settings)
 
-    check_data_size(data_size, whole)
-    example = _example(batches, change)
-    check_batch(example)
-    size = data_size if data_size is not None else whole.data_size
-    try:
-        objective = PairObjective(bound, model, guide, *example, size)
-    except RuntimeError as error:
-        if what := dtypes_differ(model, guide, example):
-            raise TypeError(what) from error
-        raise
-    require_scale(objective, example, batches, size)
-    check_data(objective, example, whole, None if transform is None else change)
-    if source is None and isinstance(bound, Objective):
-        bound.restart()
-    objective.train()
-    own_optimizer = make_optimizer(optimizer, objective)
-    cast = objective if precision is None else Autocast(objective, precision)
-    wrapped, stepped = ranks.setup(cast, own_optimizer)
-    if ranks.world_size > 1 and source is None:
-        seed_rank(seed, ranks.rank)
-    eager = EagerStep(wrapped, stepped, clip_norm=clip_norm, fabric=fabric)
-    step: Any = eager
-    if compile is not False:
-        if fabric is not None:
-            raise ValueError(
-                "compile= and fabric= can't be used together: the gradients of a compiled step are not synced"
-            )
-        options = dict(compile) if isinstance(compile, Mapping) else {}
-        step = CompiledBatches(CompiledStep(cast, own_optimizer, clip_norm=clip_norm, **options))
-    averages = None if ema is None else Averages(objective, ema)
+        own_callbacks = list(callbacks)
+        if tensorboard and ranks.first:
+            own_callbacks.append(TensorBoard(directory / "tensorboard"))  # type: ignore[operator]
+        if progress and ranks.first:
+            total = steps
+            if epochs is not None and whole.batches is not None:
+                total = epochs * -(-whole.batches // accumulate)
+            own_callbacks.append(ProgressBar(total))
 
-    own_callbacks = list(callbacks)
-    if tensorboard and ranks.first:
-        own_callbacks.append(TensorBoard(directory / "tensorboard"))  # type: ignore[operator]
-    if progress and ranks.first:
-        total = steps
-        if epochs is not None and whole.batches is not None:
-            total = epochs * -(-whole.batches // accumulate)
-        own_callbacks.append(ProgressBar(total))
-
-    run = Run(
-        objective,
-        Data(batches, change, seed, accumulate, held_out, validate_every),
-        Steps(step, eager, own_optimizer, None if schedule is None else schedule(own_optimizer), averages, check_every),
-        Records(
-            _history(directory, source, ranks), directory, checkpoint_every, keep, log_every, terms_every
-        ),
-        own_callbacks,
-        ranks,
-    )
-    if source is not None:
-        run.restore(source)
-    elif directory is not None and ranks.first:
-        checkpoint.write_config(
-            directory,
-            {
-                "pyro_hvae": pyro_hvae.__version__,
-                "torch": torch.__version__,
-                "factory": factory_record(factory, model, guide),
-                "bound": repr(bound),
-                "optimizer": type(own_optimizer).__name__,
-                "batch_size": batch_size,
-                "data_size": size,
-                "seed": seed,
-                "ema": ema,
-                "store": objective.store_records,
-            },
+        run = Run(
+            objective,
+            Data(batches, change, seed, accumulate, held_out, validate_every),
+            Steps(step, eager, own_optimizer, own_schedule, averages, check_every),
+            Records(
+                place.history(), directory, checkpoint_every, keep, log_every, terms_every, place.run
+            ),
+            own_callbacks,
+            ranks,
         )
-    run.train(steps, epochs)
-    return Result(model, guide, run.history, run.step, run.stopped, averages, directory)
+        if place.source is not None:
+            run.restore(place.source, place.changed)
+            place.set_damaged_aside()
+        config = {
+            "factory": factory_record(factory, model, guide), "bound": repr(bound),
+            "optimizer": type(own_optimizer).__name__, "batch_size": batch_size, "data_size": size, "seed": seed,
+            "ema": ema, "store": objective.store_records,
+        }  # fmt: skip
+        place.begin(config, settings)
+        run.train(steps, epochs)
+        return Result(model, guide, run.history, run.step, run.stopped, averages, directory)
 
 
 def fit_restarts(
@@ -301,32 +306,11 @@ def fit_restarts(
     return results
 
 
-def _resume_from(directory: Path | None, resume: bool, ranks: Ranks) -> Path | None:
-    if directory is None:
-        if resume:
-            raise ValueError("resume=True continues the run of run_dir: pass run_dir")
-        return None
-    if ranks.first:
-        checkpoint.tidy(directory / "checkpoints")
-    ranks.barrier()
-    last = checkpoint.latest(directory / "checkpoints")
-    if last is not None and not resume:
-        raise FileExistsError(
-            f"{directory} already holds a run (its last checkpoint is {last.name}): pass resume=True to continue it, "
-            "or another run_dir"
-        )
-    return last
-
-
-def _history(directory: Path | None, source: Path | None, ranks: Ranks) -> History:
-    if directory is None or not ranks.first:
-        return History()
-    path = directory / "history.jsonl"
-    if source is not None and path.exists():
-        return History(path, list(History.read(path)))
-    directory.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    return History(path)
+def _seed(place: RunDirectory) -> int:
+    """Return the seed of the run that is continued, or a new one."""
+    if place.source is not None:
+        return int(checkpoint.read_state(place.source)["seed"])
+    return int(torch.randint(2**31, ()))
 
 
 def _transform(transform: Callable[..., Any] | None) -> Callable[[tuple, dict[str, Any]], Batch]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
+
+from pyro_hvae.training.files import write_atomically
 
 __all__ = ["History"]
 
@@ -60,12 +63,17 @@ class History(Sequence[Record]):
 
     def truncate(self, size: int) -> None:
         """Drop all but the first ``size`` records, in the file too; a resumed run makes the others again."""
+        if len(self) < size:
+            warnings.warn(
+                f"{self.path or 'the history'} has {len(self)} records, and the checkpoint was written after {size}: "
+                "the file was damaged or changed, and the other records are lost",
+                UserWarning,
+                stacklevel=2,
+            )
         del self._records[size:]
         if self.path is not None:
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            with open(temporary, "w", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(_plain(record)) + "\n" for record in self._records)
-            os.replace(temporary, self.path)
+            lines = "".join(json.dumps(_plain(record)) + "\n" for record in self._records)
+            write_atomically(self.path, lines.encode())
 
     def to_pandas(self) -> Any:
         """Convert to a DataFrame: one row per step, one column per quantity, NaN where none was recorded."""

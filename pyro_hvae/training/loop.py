@@ -76,7 +76,8 @@ class Steps:
 
 @dataclass(frozen=True)
 class Records:
-    """Output of a run: history, folder, steps between checkpoints, number kept, steps between records and terms."""
+    """Output of a run: history, folder, steps between checkpoints, number kept, steps between records and terms, and
+    the number of the run, which its checkpoints carry."""
 
     history: History
     run_dir: Path | None
@@ -84,6 +85,7 @@ class Records:
     keep: int
     log_every: int
     terms_every: int
+    number: str | None = None
 
 
 class Run:
@@ -113,7 +115,7 @@ class Run:
         self.optimizer, self.schedule, self.averages = steps.optimizer, steps.schedule, steps.averages
         self.feed, self.transform, self.accumulate, self.seed = data.feed, data.transform, data.accumulate, data.seed
         self.validation, self.validate_every = data.validation, data.validate_every
-        self.history, self.run_dir = records.history, records.run_dir
+        self.history, self.run_dir, self.number = records.history, records.run_dir, records.number
         self.checkpoint_every, self.keep = records.checkpoint_every, records.keep
         self.log_every, self.terms_every, self.check_every = records.log_every, records.terms_every, steps.check_every
         self.callbacks, self.ranks = callbacks, ranks
@@ -138,6 +140,14 @@ class Run:
     def rate(self) -> float:
         """The present learning rate of the first parameter group."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the whole run, or None where the number of batches is unknown."""
+        steps, epochs = self._limits
+        if epochs is None or self.feed.batches is None:
+            return steps
+        return epochs * -(-self.feed.batches // self.accumulate)
 
     def stop(self, reason: str) -> None:
         """Stop the run after this step."""
@@ -369,15 +379,19 @@ class Run:
                     self.objective.state_dict(),
                     state,
                     keep=self.keep if name is None else None,
+                    run=self.number,
                 )
         if name is None:
             self.saved = self.step
 
-    def restore(self, source: Path) -> None:
+    def restore(self, source: Path, changed: frozenset[str] = frozenset()) -> None:
         """Continue from a checkpoint.
+
+        Args:
+            changed: settings that are this run's where they differ from the checkpoint's.
 
         Raises:
             CheckpointError: if it is damaged or does not fit; nothing is changed then.
         """
         with RUNNING:
-            restore_run(self, source)
+            restore_run(self, source, changed)
