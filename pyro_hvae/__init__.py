@@ -66,7 +66,7 @@ from pyro_hvae.kernels import (
     WithoutContext,
     ZeroInflated,
 )
-from pyro_hvae.models import hvae, ladder_vae, vae, vdm
+from pyro_hvae.models import hvae, ladder_vae, table_vae, vae, vdm
 from pyro_hvae.problem import Problem
 from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
@@ -103,6 +103,7 @@ __all__ = [
     "impute",
     "ladder_vae",
     "reconstruct",
+    "table_vae",
     "vae",
     "vdm",
 ]

@@ -53,6 +53,9 @@ class TopDown(Chain):
         """Name of the observed site."""
         return self._steps[-1][0]
 
+    def _observation(self) -> str | None:
+        return self.observation
+
     def forward(
         self,
         x: Tensor | None = None,

@@ -47,6 +47,8 @@ class Source:
             if self.probe.structure.enumerated:
                 trace = problem.released(1, self.probe.guide_trace)
         self.indices = _indices(self.probe)
+        if problem.reading is not None:
+            self.indices |= problem.reading.coords
         site_names = self.probe.structure.sites
         self.sites: TreeSites = sites_of(
             self.probe, trace, {name: names for name, names in (dims or {}).items() if name in site_names}
@@ -69,6 +71,10 @@ class Source:
             prior = collect.prior_groups(self.problem, self.sites, count)
             drawn |= {name: group for name, group in prior.items() if name in wanted}
         drawn["sample_stats"] = drawn.get("sample_stats", {}) | self.stats(start, count)
+        reading = self.problem.reading
+        if reading is not None:
+            for name in {"posterior_predictive", "prior_predictive"} & drawn.keys():
+                drawn[name] = {site: reading.restore(site, values) for site, values in drawn[name].items()}
         return {name: group for name, group in drawn.items() if group and name in wanted}
 
     def stats(self, start: int, count: int) -> dict[str, np.ndarray]:
@@ -84,7 +90,10 @@ class Source:
         return True
 
     def observed(self) -> dict[str, np.ndarray]:
-        return collect.observed_data(self.probe, self.sites)
+        reading, values = self.problem.reading, collect.observed_data(self.probe, self.sites)
+        if reading is None:
+            return values
+        return {site: reading.restore(site, value, observed=True) for site, value in values.items()}
 
     def constant(self, dims: Dims | None) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
         """Return the arguments that are no observations, with the names of their dims."""

@@ -50,7 +50,7 @@ class Columns(Kernel):
     def __init__(
         self,
         net: nn.Module | None,
-        columns: Mapping[str | tuple[str, ...], nn.Module],
+        columns: Mapping[Any, nn.Module],
         *,
         order: Sequence[str] | None = None,
     ) -> None:

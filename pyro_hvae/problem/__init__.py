@@ -17,6 +17,7 @@ sizes, distributions, masks and roles of the sites.
 
 from pyro_hvae.problem.plates import Layout
 from pyro_hvae.problem.problem import Problem
+from pyro_hvae.problem.reading import Reading
 from pyro_hvae.problem.run import Run, total
 from pyro_hvae.problem.simulate import Simulation
 from pyro_hvae.problem.structure import Plate, SiteInfo, Structure
@@ -26,6 +27,7 @@ __all__ = [
     "Layout",
     "Plate",
     "Problem",
+    "Reading",
     "Run",
     "Simulation",
     "SiteInfo",
