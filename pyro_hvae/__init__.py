@@ -67,7 +67,7 @@ from pyro_hvae.kernels import (
     ZeroInflated,
 )
 from pyro_hvae.models import hvae, ladder_vae, table_vae, vae, vdm
-from pyro_hvae.problem import Problem
+from pyro_hvae.problem import Problem, predict
 from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
 # Programs
@@ -133,6 +133,7 @@ __all__ += [
     "evidence_sandwich",
     "forward_kl",
     "log_evidence",
+    "predict",
     "reverse_kl",
     "to_datatree",
     "total_correlation",

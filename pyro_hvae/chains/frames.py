@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pyro_hvae.tables import Imputations, Schema, Table, is_frame
@@ -42,6 +43,16 @@ class TableData:
             return values
         restored = self.table.schema.restore(values)
         return np.where(self.table.mask.cpu().numpy(), restored, np.nan) if observed else restored
+
+    def replicates(self, values: Mapping[str, Tensor]) -> Imputations:
+        """Return draws of all entries as frames.
+
+        Args:
+            values: draws by site, of the observed one (S, N, D).
+        """
+        assert self.observation is not None
+        nothing = Table(self.table.schema, self.table.x, torch.zeros_like(self.table.mask), self.table.source)
+        return Imputations(nothing, values[self.observation])
 
 
 def read_table(

@@ -16,6 +16,7 @@ sizes, distributions, masks and roles of the sites.
 """
 
 from pyro_hvae.problem.plates import Layout
+from pyro_hvae.problem.predict import Predictions, predict
 from pyro_hvae.problem.problem import Problem
 from pyro_hvae.problem.reading import Reading
 from pyro_hvae.problem.run import Run, total
@@ -26,6 +27,7 @@ from pyro_hvae.problem.verbs import of_model, of_pair, problem_of
 __all__ = [
     "Layout",
     "Plate",
+    "Predictions",
     "Problem",
     "Reading",
     "Run",
@@ -34,6 +36,7 @@ __all__ = [
     "Structure",
     "of_model",
     "of_pair",
+    "predict",
     "problem_of",
     "total",
 ]

@@ -27,6 +27,9 @@ class Reading(Protocol):
     def restore(self, site: str, values: np.ndarray, *, observed: bool = False) -> np.ndarray:
         """Return values of a site in the units of the data."""
 
+    def replicates(self, values: Mapping[str, Tensor]) -> Any:
+        """Return draws of the observed sites as frames."""
+
 
 def read_arguments(
     model: Any, args: tuple, kwargs: Mapping[str, Any]

@@ -100,6 +100,19 @@ class TestVerbs:
         assert (replicates.sel(x_dim_0="visits") % 1 == 0).all()
         assert set(np.unique(tree["prior_predictive"]["x"].sel(x_dim_0="stage"))) <= {0.0, 1.0, 2.0}
 
+    def test_predict_gives_frames(self, pair):
+        frame, model, guide = pair
+        torch.manual_seed(0)
+        found = ph.predict(model, guide, frame, num_draws=50)
+        assert found.frame.index.equals(frame.index)
+        assert list(found.frame.columns) == list(frame.columns)
+        assert found["x"].shape == (50, 12, 6)
+        assert len(found.frames.intervals()) == frame.size  # of every entry, whether it is missing or not
+        new = ph.predict(ph.Problem(model, guide)(frame), frame.iloc[:3], num_draws=4)
+        assert new.drawn_from == {"z1": "prior"}
+        tree = ph.to_datatree(model, guide, frame, num_draws=5, predictions=frame.iloc[:3])
+        assert list(tree["predictions"]["x"].coords["data"].values) == list(frame.index[:3])
+
     def test_index_of_two_levels(self, pair):
         frame, model, guide = pair
         frame = frame.set_index(pd.MultiIndex.from_product([["a", "b", "c"], [1, 2, 3, 4]]))
