@@ -48,40 +48,54 @@ from pyro_hvae.evidence import evidence_sandwich, log_evidence
 from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 from pyro_hvae.kernels import (
     Bernoulli,
+    Beta,
     Categorical,
+    Columns,
     DiscretizedLogistic,
     Flow,
+    Gamma,
     Gaussian,
     LinearGaussian,
+    LogNormal,
     NegativeBinomial,
+    Ordinal,
     Poisson,
     StandardNormal,
+    StudentT,
     Transition,
     WithoutContext,
+    ZeroInflated,
 )
-from pyro_hvae.models import hvae, ladder_vae, vae, vdm
-from pyro_hvae.problem import Problem
+from pyro_hvae.models import hvae, ladder_vae, table_vae, vae, vdm
+from pyro_hvae.problem import Problem, predict
 from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
 # Programs
 __all__ = [
     "Bernoulli",
+    "Beta",
     "BottomUp",
     "Categorical",
+    "Columns",
     "DenoisingChain",
     "Diffusion",
     "DiscretizedLogistic",
     "Flow",
+    "Gamma",
     "Gaussian",
     "Ladder",
     "LinearGaussian",
+    "LogNormal",
     "NegativeBinomial",
+    "Ordinal",
     "Poisson",
     "Reversed",
     "StandardNormal",
+    "StudentT",
     "TopDown",
     "Transition",
     "WithoutContext",
+    "ZeroInflated",
     "__version__",
     "decode",
     "encode",
@@ -89,6 +103,7 @@ __all__ = [
     "impute",
     "ladder_vae",
     "reconstruct",
+    "table_vae",
     "vae",
     "vdm",
 ]
@@ -118,6 +133,7 @@ __all__ += [
     "evidence_sandwich",
     "forward_kl",
     "log_evidence",
+    "predict",
     "reverse_kl",
     "to_datatree",
     "total_correlation",

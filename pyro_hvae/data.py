@@ -4,6 +4,7 @@ r"""Example data, and batches of tensors in memory.
 - :func:`idx_folder`: a folder of IDX files, the format of MNIST and its relatives, plain or compressed by gzip.
 - :func:`binarize`: grey values to zeros and ones, by a threshold or at random.
 - :class:`Batches`: batches by index over whole tensors.
+- :func:`~pyro_hvae.tables.table`: a DataFrame as numbers with a mask of its missing entries, and the way back.
 
 **Grey pixels and Bernoulli.** A grey value g in [0, 1] isn't in the support of a Bernoulli likelihood. Published
 likelihoods of MNIST come from images redrawn as x ~ Bernoulli(g) at every use in training; that is
@@ -31,7 +32,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batches", "Split", "binarize", "check_finite", "check_unit_interval", "digits", "idx_folder", "read_idx"]
+from pyro_hvae.tables import table
+
+__all__ = [
+    "Batches",
+    "Split",
+    "binarize",
+    "check_finite",
+    "check_unit_interval",
+    "digits",
+    "idx_folder",
+    "read_idx",
+    "table",
+]
 
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 

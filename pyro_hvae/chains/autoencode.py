@@ -23,11 +23,14 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_hvae import distributions
 from pyro_hvae.chains.directions import BottomUp, TopDown
+from pyro_hvae.chains.frames import imputations, latents_frame
 from pyro_hvae.chains.ladder import Ladder
+from pyro_hvae.chains.weights import has_global
 from pyro_hvae.modules import evaluation_mode
 
-__all__ = ["decode", "encode", "impute", "reconstruct"]
+__all__ = ["decode", "encode", "impute", "reconstruct", "weighted_latents"]
 
 
 class _Means(Messenger):
@@ -41,18 +44,18 @@ class _Means(Messenger):
 
 def encode(
     guide: BottomUp | Ladder,
-    x: Tensor,
+    x: Any,
     *,
     num_draws: int | None = None,
     mean: bool = False,
     context: Any = None,
     mask: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> Any:
     """Draw z ~ q(z | x).
 
     Args:
         guide: a chain over x.
-        x: data (N, *event_shape).
+        x: data (N, *event_shape); a DataFrame or table for guides with a ``schema``.
         num_draws: S draws, or ``None`` for one without a leading dim.
         mean: take each layer's conditional mean instead of a draw. Only the first layer sampled is then a
             posterior mean; those after it are means given the means before them.
@@ -60,7 +63,8 @@ def encode(
         mask: True = observed.
 
     Returns:
-        Latents by site, (S, N, *latent_shape) or (N, *latent_shape).
+        Latents by site, (S, N, *latent_shape) or (N, *latent_shape).  Of a DataFrame a DataFrame with its index and
+        columns ``z1[0]``, ...; draws are a first level of the index.
 
     Example:
         >>> from pyro_hvae.models import vae
@@ -68,6 +72,10 @@ def encode(
         >>> encode(guide, torch.zeros(3, 6), num_draws=5)["z1"].shape
         torch.Size([5, 3, 2])
     """
+    reading = None if isinstance(x, Tensor) else guide.read(x)
+    if reading is not None:
+        latents = encode(guide, reading.x, num_draws=num_draws, mean=mean, context=context, **reading.arguments)
+        return latents_frame(latents, reading.table.index, num_draws)
     with torch.no_grad(), evaluation_mode(guide), _Means() if mean else nullcontext(), _draws(num_draws):
         trace = poutine.trace(guide).get_trace(x, context=context, mask=mask)
     return {site: trace.nodes[site]["value"] for site in trace.stochastic_nodes if site != guide.plate_name}
@@ -137,7 +145,8 @@ def reconstruct(
     base: Any = likelihood
     while isinstance(base, torch.distributions.Independent):
         base = base.base_dist
-    if isinstance(base, torch.distributions.Categorical):
+    parts = base.parts if isinstance(base, distributions.Columns) else [base]
+    if any(isinstance(part, torch.distributions.Categorical) for part in parts):
         raise ValueError(
             f"the likelihood of {model.observation!r} has no mean: its values are categories. Use "
             "decode(...) for the distribution, or impute(...) for draws."
@@ -149,24 +158,38 @@ def reconstruct(
 def impute(
     model: TopDown,
     guide: BottomUp | Ladder,
-    x: Tensor,
-    mask: Tensor,
+    x: Any,
+    mask: Tensor | None = None,
     *,
     num_draws: int | None = None,
+    num_particles: int = 1,
     context: Any = None,
-) -> Tensor:
-    """Draw the missing entries given the observed ones, which are returned unchanged.
+) -> Any:
+    r"""Draw the missing entries given the observed ones, which are returned unchanged.
+
+    With ``num_particles=L`` each datum gets L draws of the guide, of which those that explain its observed entries are
+    chosen, with probabilities in proportion to p(x_obs, z) / q(z | x_obs); as L grows the draws become those of the
+    model's exact posterior.  Entries are taken to be missing at random: whether one is missing may depend on observed
+    entries, and not on its own value.
 
     Args:
         model: a generative chain.
         guide: its guide.
-        x: data (N, *event_shape), anything (NaN too) where masked.
-        mask: True = observed, of the shape of x or (N,).
+        x: data (N, *event_shape), anything (NaN too) where masked; or a DataFrame or table, for pairs with a
+            ``schema``, whose missing entries are drawn.
+        mask: True = observed, of the shape of x or (N,); None for a DataFrame.
         num_draws: S imputations, or ``None`` for one without a leading dim.
+        num_particles: L >= 1 proposals for each datum, from which all its draws are chosen with replacement.
         context: covariates (N, c), for both.
 
     Returns:
-        Completed data (S, N, *event_shape) or (N, *event_shape).
+        Completed data (S, N, *event_shape) or (N, *event_shape); of a DataFrame
+        :class:`~pyro_hvae.tables.Imputations`: completed frames, intervals, pooled estimates.
+
+    Raises:
+        ValueError: for data without a mask, or weights of chains with Bayesian weights.
+
+    Reference: MIWAE: deep generative modelling and imputation of incomplete data sets (Mattei and Frellsen, 2019).
 
     Example:
         >>> from pyro_hvae.models import vae
@@ -175,11 +198,86 @@ def impute(
         >>> impute(model, guide, x, ~x.isnan(), num_draws=10).isnan().any()
         tensor(False)
     """
-    latents = encode(guide, x, num_draws=num_draws, context=context, mask=mask)
+    reading = None if isinstance(x, Tensor) else model.read(x)
+    if reading is not None:
+        if mask is not None:
+            raise ValueError("a DataFrame says itself which entries are missing: set them to NaN, and leave mask out.")
+        options: Any = {"num_draws": num_draws, "num_particles": num_particles, "context": context}
+        return imputations(reading.table, impute(model, guide, reading.x, reading.arguments["mask"], **options))
+    if mask is None:
+        raise ValueError("impute needs a mask, True where x is observed: pass ~x.isnan(), for one.")
+    if num_particles == 1:
+        latents = encode(guide, x, num_draws=num_draws, context=context, mask=mask)
+    else:
+        latents = weighted_latents(
+            model, guide, x, mask=mask, num_draws=num_draws, num_particles=num_particles, context=context
+        )
     with torch.no_grad():
         drawn = _likelihood(model, latents, None, context)[1]
     seen = mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim()))
     return torch.where(seen, x, drawn.to(x.dtype))
+
+
+def weighted_latents(
+    model: TopDown,
+    guide: BottomUp | Ladder,
+    x: Tensor,
+    *,
+    num_particles: int,
+    num_draws: int | None = None,
+    context: Any = None,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Draw z of the model's posterior by sampling-importance-resampling: choose among L draws of the guide.
+
+    Args:
+        model, guide, x, num_draws, context, mask: as in :func:`impute`.
+        num_particles: L >= 1.
+
+    Returns:
+        Latents by site, (S, N, *latent_shape) or (N, *latent_shape).
+
+    Raises:
+        ValueError: for chains with Bayesian weights, which all data share.
+    """
+    if num_particles < 1:
+        raise ValueError(f"num_particles must be >= 1, got {num_particles}.")
+    if has_global(model) or has_global(guide):
+        raise ValueError("draws of Bayesian weights belong to all data, so they can't be chosen by datum: use L = 1.")
+    rows = max(1, _ELEMENTS // (num_particles * max(1, x[0].numel())))
+    pieces: list[dict[str, Tensor]] = []
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        covariates = context[part] if isinstance(context, Tensor) else context
+        shown = None if mask is None else mask[part]
+        with torch.no_grad(), evaluation_mode(guide), evaluation_mode(model):
+            with _draws(num_particles):
+                proposed = poutine.trace(guide).get_trace(x[part], covariates, mask=shown)
+            with _draws(num_particles):
+                replayed = poutine.replay(model, trace=proposed)
+                explained = poutine.trace(replayed).get_trace(x[part], covariates, mask=shown)
+            logits = _log_density(explained) - _log_density(proposed)
+        logits = logits.expand(num_particles, len(x[part]))
+        chosen = torch.distributions.Categorical(logits=logits.T).sample((num_draws or 1,))  # (S, rows)
+        piece = {}
+        for site in model.latents:
+            value = proposed.nodes[site]["value"]
+            event = value.shape[value.dim() - proposed.nodes[site]["fn"].event_dim :]
+            pool = value.expand(num_particles, len(x[part]), *event)
+            piece[site] = pool[chosen, torch.arange(len(x[part]), device=x.device)]
+        pieces.append(piece)
+    joined = {site: torch.cat([piece[site] for piece in pieces], 1) for site in model.latents}
+    return joined if num_draws is not None else {site: value[0] for site, value in joined.items()}
+
+
+_ELEMENTS = 2**23  # numbers of one likelihood that are held at once
+
+
+def _log_density(trace: poutine.Trace) -> Tensor:
+    """Return the sum of the log-densities of all sites of a trace, by draw and datum."""
+    trace.compute_log_prob()
+    sites = [node for node in trace.nodes.values() if node["type"] == "sample" and "log_prob" in node]
+    return sum((node["log_prob"] for node in sites if node["log_prob"].dim()), torch.zeros(()))
 
 
 def _draws(num_draws: int | None) -> Any:

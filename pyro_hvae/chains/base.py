@@ -14,7 +14,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_hvae.chains.arguments import check_data_size
+from pyro_hvae.chains.frames import TableData, read_table
 from pyro_hvae.chains.weights import drop_shared, fill_shared
+from pyro_hvae.tables import Schema
 
 __all__ = ["Chain", "Step"]
 
@@ -29,10 +31,15 @@ class Chain(PyroModule):
         plate: name of the plate over the data.
         kernels: kernels by site name, in the order of sampling.
 
+    Attributes:
+        schema: description of the columns of a table, for chains over tables; else None.
+
     Raises:
         ValueError: for no kernel at all, or a site name that the module or the plate already uses.
         TypeError: for a kernel that is not a module.
     """
+
+    schema: Schema | None = None
 
     def __init__(self, name: str, plate: str, kernels: Mapping[str, nn.Module]) -> None:
         super().__init__(name)
@@ -65,6 +72,18 @@ class Chain(PyroModule):
     def name(self) -> str:
         """Root of the parameters' names."""
         return self._pyro_name
+
+    def read(self, data: Any) -> TableData | None:
+        """Convert a DataFrame or a :class:`~pyro_hvae.tables.Table` to tensors; None for other data.
+
+        Raises:
+            TypeError: for a frame where the chain has no ``schema``.
+            ValueError: for a frame with other columns or values than the schema has.
+        """
+        return read_table(self, self.schema, data, self.plate_name, self._observation())
+
+    def _observation(self) -> str | None:
+        return None
 
     @property
     def kernels(self) -> Mapping[str, nn.Module]:

@@ -53,6 +53,9 @@ class TopDown(Chain):
         """Name of the observed site."""
         return self._steps[-1][0]
 
+    def _observation(self) -> str | None:
+        return self.observation
+
     def forward(
         self,
         x: Tensor | None = None,
@@ -144,7 +147,7 @@ class BottomUp(Chain):
         Args:
             x: data (N, *event_shape).
             context: covariates (N, c), passed to every kernel.
-            mask: True = observed, of the shape of x or (N,); the first kernel sees 0 elsewhere.
+            mask: True = observed, of the shape of x or (N,); the first kernel sees 0 elsewhere (its ``masked_value``).
             data_size: size of the data set of which x is a minibatch.
 
         Returns:
@@ -153,7 +156,7 @@ class BottomUp(Chain):
         size = batch_size(self.name, x, context, mask, None)
         draw_global(self)
         values: dict[str, Tensor] = {}
-        value = zero_masked(x, mask)
+        value = zero_masked(x, mask, self._modules[self._steps[0][1]])
         with self.data_plate(size, data_size, x.device):
             for site, kernel, infer in self.steps():
                 distribution = self.distribution(site, kernel, value, context)

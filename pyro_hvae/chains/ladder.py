@@ -183,7 +183,7 @@ class Ladder(Chain):
         values: dict[str, Tensor] = {}
         value: Any = None
         evidence: dict[str, TorchDistribution] = {}
-        below = zero_masked(x, mask)
+        below = zero_masked(x, mask, self._modules[self._steps[0][1]])
         # the model's parameters are named in its own context, and only where this program's own are
         naming = model._pyro_context if self._pyro_context.active else nullcontext()
         with self.data_plate(size, data_size, x.device), naming:

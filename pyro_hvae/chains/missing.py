@@ -14,14 +14,17 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from pyro_hvae import distributions
+
 __all__ = ["drop_masked", "fill_value", "zero_masked"]
 
 
-def zero_masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Set x to zero where it is masked."""
+def zero_masked(x: Tensor, mask: Tensor | None, reader: Any = None) -> Tensor:
+    """Set x to zero where it is masked, or to the ``masked_value`` of the module that reads it."""
     if mask is None:
         return x
-    return torch.where(mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim())), x, torch.zeros_like(x))
+    filled = torch.full_like(x, getattr(reader, "masked_value", 0.0))
+    return torch.where(mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim())), x, filled)
 
 
 def drop_masked(
@@ -56,6 +59,9 @@ def drop_masked(
 
 def fill_value(site: str, base: TorchDistribution, x: Tensor) -> Tensor:
     """Return a value inside the support where density and gradients are finite; it broadcasts against x."""
+    if isinstance(base, distributions.Columns):
+        pieces = zip(base.parts, base.split(x))
+        return base.joined([fill_value(site, part, piece).expand_as(piece) for part, piece in pieces])
     support: Any = base.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint

@@ -41,6 +41,9 @@ GROUPS = (
 )
 """The groups of a tree."""
 
+NEW_GROUPS = ("predictions", "predictions_constant_data")
+"""The groups of new data, in a tree with predictions."""
+
 CHUNK_BYTES = 2**25
 """Bytes of values and densities that run at once by default."""
 
@@ -57,6 +60,7 @@ def to_datatree(
     progress: bool = False,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
+    predictions: Any = None,
     **kwargs: Any,
 ) -> Any:
     r"""Draw from a guide and collect draws, densities and predictions in the ArviZ schema.
@@ -78,6 +82,9 @@ def to_datatree(
     prior, prior_predictive   draws of the model with nothing observed, as many
     observed_data             the observed data
     constant_data             the other arguments that are tensors, as covariates
+    predictions               draws of the observed sites at new data, given the same draws of the guide; latents of the
+                              new rows are drawn from their prior (:func:`~pyro_hvae.problem.predict`)
+    predictions_constant_data the new arguments that are tensors
     ========================= ===============================================================================
 
     Entries that a mask drops have a log-density of 0.  In a minibatch ``lp`` and ``log_q`` carry the plate's scale, as
@@ -96,6 +103,8 @@ def to_datatree(
         progress: show a bar.
         coords: labels by dim name; by default 0, 1, ..., or the indices that a plate's ``subsample=`` shows.
         dims: names of the event dims by site, where the program does not give them, or of all dims of constant data.
+        predictions: new data: a tuple of the model's arguments, or a mapping of its keywords; None for what is to be
+            predicted.
 
     Returns:
         ``xarray.DataTree``; of a ``path``, its arrays are read from the file when they are used.
@@ -123,6 +132,11 @@ def to_datatree(
             sources = sources_of_sampler(Problem(model, None, args, kwargs), guide, dims)
         else:
             sources = sources_of(problems_of(model, guide, args, kwargs), num_draws, dims)
+        if predictions is not None:
+            for source in sources:
+                source.predict_at(predictions)
+        elif groups is not None and set(NEW_GROUPS) & set(groups):
+            raise ValueError("the groups of predictions need new data: pass predictions=, a tuple of arguments")
         return collect(sources, groups, labels, chunk_size, path, progress)
 
 
@@ -166,10 +180,11 @@ def collect(
 def _wanted(groups: Sequence[str] | None) -> frozenset[str]:
     if isinstance(groups, str):
         raise ValueError(f"groups is a list of names, got the string {groups!r}")
-    unknown = sorted(set(groups or ()) - set(GROUPS))
+    every = (*GROUPS, *NEW_GROUPS)
+    unknown = sorted(set(groups or ()) - set(every))
     if unknown:
-        raise ValueError(f"unknown group(s) {unknown}; there are {list(GROUPS)}")
-    return frozenset(GROUPS if groups is None else groups)
+        raise ValueError(f"unknown group(s) {unknown}; there are {list(every)}")
+    return frozenset(every if groups is None else groups)
 
 
 def _improper_prior(source: Source, wanted: frozenset[str], *, asked: bool) -> frozenset[str]:
@@ -205,6 +220,7 @@ class _Naming:
         if unknown:
             raise ValueError(f"coords labels {unknown}, which are no dims of the tree; there are {sorted(tree_dims)}")
         self.coords = source.indices | labels.coords
+        self.new = source.new
         self.attrs = {"creation_library": "pyro_hvae", **source.attrs, **library_versions()}
         if left_out:
             self.attrs["left_out"] = f"{', '.join(sorted(left_out))}: the prior is improper"
@@ -213,14 +229,20 @@ class _Naming:
         """Build the tree of these arrays."""
         import xarray as xr
 
-        made = {name: dataset(values, self._dims(name, values), self.coords) for name, values in groups.items()}
+        made = {
+            name: dataset(values, self._dims(name, values), self.coords)
+            for name, values in groups.items()
+            if name != "predictions"
+        }
         for name, values, dims in (
             ("observed_data", self.observed, {k: self.sites[k].dims for k in self.observed}),
             ("constant_data", self.constant, self.constant_dims),
         ):
             if name in self.wanted and values:
                 made[name] = dataset(values, dims, self.coords, sample_dims=())
-        tree = xr.DataTree.from_dict({name: made[name] for name in GROUPS if name in made})
+        if self.new is not None:
+            made |= self.new.datasets(groups.get("predictions", {}), self.wanted)
+        tree = xr.DataTree.from_dict({name: made[name] for name in (*GROUPS, *NEW_GROUPS) if name in made})
         stamp = next((group.attrs["created_at"] for group in made.values()), None)
         tree.attrs = self.attrs if stamp is None else {"created_at": stamp, **self.attrs}
         return tree

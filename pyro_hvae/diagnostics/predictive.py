@@ -127,4 +127,6 @@ def _pair(tree: Any, var_name: str | None) -> tuple[np.ndarray, np.ndarray, str]
         masked = (likelihood[name] == 0).all(("chain", "draw")).values
         if masked.any() and not masked.all():
             observed, many = observed[~masked], many[:, ~masked]
+    if observed.dtype.kind == "f" and np.isnan(observed).any():  # missing entries of a table
+        observed, many = observed[~np.isnan(observed)], many[:, ~np.isnan(observed)]
     return observed, many, str(name)

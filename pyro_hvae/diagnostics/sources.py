@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_hvae.diagnostics import groups as collect
+from pyro_hvae.diagnostics.forecast import Forecast, arguments_of
 from pyro_hvae.diagnostics.sites import TreeSites, sites_of
 from pyro_hvae.problem import Problem, Run
 from pyro_hvae.problem.isolation import isolated
@@ -46,7 +46,10 @@ class Source:
             trace = self.probe.model_trace
             if self.probe.structure.enumerated:
                 trace = problem.released(1, self.probe.guide_trace)
+        self.new: Forecast | None = None
         self.indices = _indices(self.probe)
+        if problem.reading is not None:
+            self.indices |= problem.reading.coords
         site_names = self.probe.structure.sites
         self.sites: TreeSites = sites_of(
             self.probe, trace, {name: names for name, names in (dims or {}).items() if name in site_names}
@@ -68,8 +71,18 @@ class Source:
         if wanted & {"prior", "prior_predictive"}:
             prior = collect.prior_groups(self.problem, self.sites, count)
             drawn |= {name: group for name, group in prior.items() if name in wanted}
+        if self.new is not None and "predictions" in wanted:
+            drawn["predictions"] = self.new.draw(run)
         drawn["sample_stats"] = drawn.get("sample_stats", {}) | self.stats(start, count)
+        reading = self.problem.reading
+        if reading is not None:
+            for name in {"posterior_predictive", "prior_predictive"} & drawn.keys():
+                drawn[name] = {site: reading.restore(site, values) for site, values in drawn[name].items()}
         return {name: group for name, group in drawn.items() if group and name in wanted}
+
+    def predict_at(self, data: Any) -> None:
+        """Add predictions at new data to the draws: a tuple of arguments, a mapping of keywords, or one argument."""
+        self.new = Forecast(self.problem, self.sites, data)
 
     def stats(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Return the sampler's statistics of these draws."""
@@ -84,7 +97,10 @@ class Source:
         return True
 
     def observed(self) -> dict[str, np.ndarray]:
-        return collect.observed_data(self.probe, self.sites)
+        reading, values = self.problem.reading, collect.observed_data(self.probe, self.sites)
+        if reading is None:
+            return values
+        return {site: reading.restore(site, value, observed=True) for site, value in values.items()}
 
     def constant(self, dims: Dims | None) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
         """Return the arguments that are no observations, with the names of their dims."""
@@ -96,21 +112,7 @@ class Source:
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """Arguments by the names that the model gives them."""
-        model, args, kwargs = self.problem.model, self.problem.args, self.problem.kwargs
-        try:
-            bound = inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs)
-        except (TypeError, ValueError):
-            return {**{f"argument_{i}": value for i, value in enumerate(args)}, **kwargs}
-        named: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            kind = bound.signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                named |= {f"{name}_{i}": part for i, part in enumerate(value)}
-            elif kind is inspect.Parameter.VAR_KEYWORD:
-                named |= value
-            else:
-                named[name] = value
-        return named
+        return arguments_of(self.problem)
 
     def unconstrained_names(self) -> dict[str, list[str]]:
         """Return the dims of unconstrained latents: those of the site, where the shape is the same."""

@@ -4,16 +4,19 @@
   :class:`Levels`, holds the levels and nothing between them.
 - Counts: :class:`Poisson` and :class:`NegativeBinomial`, whose log-probabilities keep their digits in float32 at large
   rates.
+- :class:`Columns`: the entries of a row of a table, each column from a family of its own.
 - The divergence of a full Gaussian from a diagonal one, registered with torch.
 """
 
 import pyro_hvae.distributions.divergences  # noqa: F401 (registers them)
+from pyro_hvae.distributions.columns import Columns
 from pyro_hvae.distributions.counts import NegativeBinomial, Poisson
 from pyro_hvae.distributions.levels import BinnedGaussian, Levels
 from pyro_hvae.distributions.logistic import DiscretizedLogistic, DiscretizedLogisticMixture
 
 __all__ = [
     "BinnedGaussian",
+    "Columns",
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
     "Levels",

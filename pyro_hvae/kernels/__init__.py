@@ -16,15 +16,19 @@ context)`` where the ``forward`` of ``net`` names two positional arguments, else
 ``net(cat([parent, context], -1))``. A kernel that must not see the context is wrapped in
 :class:`WithoutContext`.
 
+**Tables.** :class:`Columns` has one kernel a column, over the features that one network yields.
+
 **Events.** ``event_dim`` dims on the right belong to one datum. A network that yields two parameters a
-variable (``Gaussian``, ``NegativeBinomial``, ``DiscretizedLogistic``) yields them side by side along the
-*first event dim*: for vectors the last dim, 2d wide; for images with ``event_dim=3`` the channels.
+variable (``Gaussian``, ``NegativeBinomial``, ``DiscretizedLogistic``, ``Gamma``, ...) yields them side by side along
+the *first event dim*: for vectors the last dim, 2d wide; for images with ``event_dim=3`` the channels.
 
 Networks must accept any number of leading dims. Nothing here checks that the values are finite, since that
 synchronises with the device at every call; the estimators check.
 """
 
 from pyro_hvae.kernels.base import Kernel, WithoutContext
+from pyro_hvae.kernels.columns import Columns
+from pyro_hvae.kernels.continuous import Beta, Gamma, LogNormal, StudentT
 from pyro_hvae.kernels.discrete import (
     Bernoulli,
     Categorical,
@@ -35,18 +39,26 @@ from pyro_hvae.kernels.discrete import (
 )
 from pyro_hvae.kernels.flow import Flow
 from pyro_hvae.kernels.gaussian import Gaussian, LinearGaussian, StandardNormal
+from pyro_hvae.kernels.graded import Ordinal, ZeroInflated
 
 __all__ = [
     "Bernoulli",
+    "Beta",
     "Categorical",
+    "Columns",
     "DiscretizedLogistic",
     "Flow",
+    "Gamma",
     "Gaussian",
     "Kernel",
     "LinearGaussian",
+    "LogNormal",
     "NegativeBinomial",
+    "Ordinal",
     "Poisson",
     "StandardNormal",
+    "StudentT",
     "Transition",
     "WithoutContext",
+    "ZeroInflated",
 ]

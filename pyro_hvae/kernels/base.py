@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-__all__ = ["Kernel", "WithoutContext", "halves", "join", "takes_context"]
+__all__ = ["Kernel", "WithoutContext", "halves", "join", "pieces", "takes_context"]
 
 
 class Kernel(PyroModule):
@@ -39,6 +39,11 @@ class Kernel(PyroModule):
         self._net_takes_context = net is not None and takes_context(net)
         if net is not None:
             self.net = net
+
+    @property
+    def masked_value(self) -> float:
+        """What a guide's first kernel gets for masked entries: its network's ``masked_value``, or 0."""
+        return getattr(self._modules.get("net"), "masked_value", 0.0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the distribution; within a chain, register parameters only while the chain does."""
@@ -88,14 +93,20 @@ def join(parent: Tensor, context: Tensor) -> Tensor:
 
 def halves(kernel: Kernel, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Split a network's output in two along the first event dim."""
-    if parameters.dim() < kernel.event_dim or parameters.shape[-kernel.event_dim] % 2:
-        raise ValueError(
-            f"{type(kernel).__name__} needs a network that yields two parameters a variable, so an even "
-            f"size along dim {-kernel.event_dim}; it yielded shape {tuple(parameters.shape)}. Make the "
-            "network's output 2 * d wide."
-        )
-    first, second = parameters.chunk(2, -kernel.event_dim)
+    first, second = pieces(kernel, parameters, 2)
     return first, second
+
+
+def pieces(kernel: Kernel, parameters: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Split a network's output in ``count`` equal pieces along the first event dim."""
+    if parameters.dim() < kernel.event_dim or parameters.shape[-kernel.event_dim] % count:
+        words, size = ("two", "an even size") if count == 2 else (str(count), f"a multiple of {count}")
+        raise ValueError(
+            f"{type(kernel).__name__} needs a network that yields {words} parameters a variable, so {size} along dim "
+            f"{-kernel.event_dim}; it yielded shape {tuple(parameters.shape)}. Make the network's output {count} * d "
+            "wide."
+        )
+    return parameters.chunk(count, -kernel.event_dim)
 
 
 class WithoutContext(PyroModule):

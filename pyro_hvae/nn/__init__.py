@@ -21,6 +21,7 @@ logit of the training data's mean, which is :func:`logit_of_mean`.
 from pyro_hvae.nn.denoisers import DenoisingMLP, TimeEmbedding, UNet
 from pyro_hvae.nn.images import ConvDecoder, ConvEncoder
 from pyro_hvae.nn.layers import MLP, Flattened, logit_of_mean, xavier_
+from pyro_hvae.nn.tables import TableEncoder
 
 __all__ = [
     "MLP",
@@ -28,6 +29,7 @@ __all__ = [
     "ConvEncoder",
     "DenoisingMLP",
     "Flattened",
+    "TableEncoder",
     "TimeEmbedding",
     "UNet",
     "logit_of_mean",

@@ -16,7 +16,9 @@ sizes, distributions, masks and roles of the sites.
 """
 
 from pyro_hvae.problem.plates import Layout
+from pyro_hvae.problem.predict import Predictions, predict
 from pyro_hvae.problem.problem import Problem
+from pyro_hvae.problem.reading import Reading
 from pyro_hvae.problem.run import Run, total
 from pyro_hvae.problem.simulate import Simulation
 from pyro_hvae.problem.structure import Plate, SiteInfo, Structure
@@ -25,13 +27,16 @@ from pyro_hvae.problem.verbs import of_model, of_pair, problem_of
 __all__ = [
     "Layout",
     "Plate",
+    "Predictions",
     "Problem",
+    "Reading",
     "Run",
     "Simulation",
     "SiteInfo",
     "Structure",
     "of_model",
     "of_pair",
+    "predict",
     "problem_of",
     "total",
 ]

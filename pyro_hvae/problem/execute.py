@@ -33,7 +33,7 @@ from pyro_hvae.problem.parameters import frozen, trainable
 from pyro_hvae.problem.plates import Layout
 from pyro_hvae.problem.structure import PARTICLES, Structure, is_deterministic, is_factor, sample_sites
 
-__all__ = ["Call", "EventDims", "Particles", "Programs", "run_pair"]
+__all__ = ["Call", "EventDims", "Particles", "Programs", "Released", "run_pair"]
 
 Program = Callable[..., Any]
 
@@ -77,7 +77,7 @@ class EventDims(Messenger):
             self.names[msg["name"]] = tuple(names)
 
 
-class _Released(Messenger):
+class Released(Messenger):
     """Draw the observed sites; deterministic sites and factors stay."""
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -231,7 +231,7 @@ class Call:
         Deterministic sites and factors stay, and nothing is summed out.
         """
         model, _, kwargs = self.programs.bound()
-        model = self._spread(_Released()(model))
+        model = self._spread(Released()(model))
         if draws is not None:
             model = poutine.replay(model, trace=draws)
         with self._modes():

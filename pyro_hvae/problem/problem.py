@@ -20,6 +20,7 @@ from pyro_hvae.problem.knowledge import Knowledge, argument_key, knowledge_of
 from pyro_hvae.problem.particles import check_particles_apart
 from pyro_hvae.problem.plates import Layout
 from pyro_hvae.problem.prior import no_latents, prior_guide
+from pyro_hvae.problem.reading import read_arguments
 from pyro_hvae.problem.run import Run
 from pyro_hvae.problem.simulate import Simulation, simulate
 from pyro_hvae.problem.structure import Structure, signature_of, structure_of
@@ -43,6 +44,7 @@ class Problem:
 
     Attributes:
         args, kwargs: the data.
+        reading: the table that the model has read (:class:`~pyro_hvae.problem.Reading`), or None.
 
     Raises:
         TypeError: for a model or guide that can't be called.
@@ -72,8 +74,9 @@ class Problem:
             if not callable(program) and not (which == "guide" and program is None):
                 raise TypeError(f"the {which} must be a Pyro program, a function or module, got {program!r}")
         self.guided = guide is not None
+        args, kwargs, self.reading = read_arguments(model, tuple(args), kwargs or {})
         self.programs = Programs(
-            model, no_latents if guide is None else guide, tuple(args), dict(kwargs or {}), registering, training
+            model, no_latents if guide is None else guide, args, kwargs, registering, training
         )
         self._indices: dict[str, Tensor] = {}
         self._checked = training
@@ -132,7 +135,10 @@ class Problem:
 
     def _with(self, **changes: Any) -> Problem:
         options: dict[str, Any] = vars(self.programs) | {"guide": self.guide if self.guided else None}
-        return Problem(**options | changes)
+        other = Problem(**options | changes)
+        if not {"args", "kwargs"} & changes.keys():
+            other.reading = self.reading
+        return other
 
     # -- structure
 

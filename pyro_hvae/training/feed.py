@@ -247,7 +247,8 @@ def feed(
     if hasattr(data, "to_numpy") and not isinstance(data, (Tensor, np.ndarray)):
         raise TypeError(
             f"data is a {type(data).__name__}, whose rows fit() does not read: pass torch.as_tensor(data.to_numpy()), "
-            "or a mapping from names to tensors, for programs that take the columns as keywords"
+            "or a mapping from names to tensors, for programs that take the columns as keywords; "
+            "models.table_vae makes a pair that reads DataFrames"
         )
     if isinstance(data, TensorDataset):
         data = tuple(data.tensors)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyro_hvae.bounds.base import Objective
+from pyro_hvae.problem.reading import read_data
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.arguments import (
     check_batch,
@@ -108,7 +109,8 @@ def fit(
         model, guide: Pyro programs, called with each batch.  A model with latents of the whole data set (outside of
             the plate of a batch) must scale a batch to N data: let it take ``data_size``, or pass ``batch_size=None``.
         data: a tensor or array (N, ...), a tuple of them (the programs' positional arguments), a mapping (their
-            keyword arguments), a ``Dataset``, a ``DataLoader``, or any iterable of batches.
+            keyword arguments), a ``Dataset``, a ``DataLoader``, or any iterable of batches; a DataFrame for a pair
+            that reads tables (:func:`~pyro_hvae.models.table_vae`).
         bound: a bound or objective of this library, or an ELBO of Pyro with a ``differentiable_loss``.
         optimizer: a function from parameters to a torch optimiser, or such an optimiser; one fused Adam with
             rate 1e-3 by default.
@@ -199,6 +201,7 @@ def fit(
     with RunDirectory(directory, resume, ranks) as place:
         if seed is None:
             seed = _seed(place)
+        data, validation = read_data(model, data), read_data(model, validation)
         whole = feed(data, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
         held_out = None if validation is None else feed(validation, batch_size=batch_size, shuffle=False)
         batches = whole if ranks.world_size == 1 else whole.shard(ranks.rank, ranks.world_size)

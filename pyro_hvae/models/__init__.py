@@ -5,7 +5,8 @@ For events of shape ``event_shape`` and latents z_1, ..., z_T of widths d_1, ...
 - :func:`vae`: p(z_1) p(x | z_1) and q(z_1 | x);
 - :func:`hvae`: p(z_T) prod p(z_{t-1} | z_t) p(x | z_1), and bottom-up q(z_1 | x) prod q(z_t | z_{t-1});
 - :func:`ladder_vae`: the same model, and a guide that runs top-down and merges evidence with the model's prior;
-- :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters.
+- :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters;
+- :func:`table_vae`: a VAE of the rows of a DataFrame with missing entries, one family a column.
 
 All weights start by Xavier's rule and all biases at zero. ``vae`` is ``hvae`` with one layer, parameter for
 parameter. Every pair records on its programs how it was made, as plain
@@ -36,9 +37,10 @@ from pyro_hvae.kernels import (
     StandardNormal,
 )
 from pyro_hvae.kernels.base import join
+from pyro_hvae.models.tables import table_vae
 from pyro_hvae.nn import MLP, xavier_
 
-__all__ = ["PairOptions", "hvae", "ladder_vae", "vae", "vdm"]
+__all__ = ["PairOptions", "hvae", "ladder_vae", "table_vae", "vae", "vdm"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
