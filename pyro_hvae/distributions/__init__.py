@@ -4,6 +4,7 @@
   :class:`Levels`, holds the levels and nothing between them.
 - Counts: :class:`Poisson` and :class:`NegativeBinomial`, whose log-probabilities keep their digits in float32 at large
   rates.
+- Arrays in which random entries are masked or revealed: :class:`MaskedSubset`, :class:`OneRevealed`.
 - The divergence of a full Gaussian from a diagonal one, registered with torch.
 """
 
@@ -11,12 +12,15 @@ import pyro_hvae.distributions.divergences  # noqa: F401 (registers them)
 from pyro_hvae.distributions.counts import NegativeBinomial, Poisson
 from pyro_hvae.distributions.levels import BinnedGaussian, Levels
 from pyro_hvae.distributions.logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+from pyro_hvae.distributions.subsets import MaskedSubset, OneRevealed
 
 __all__ = [
     "BinnedGaussian",
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
     "Levels",
+    "MaskedSubset",
     "NegativeBinomial",
+    "OneRevealed",
     "Poisson",
 ]
