@@ -7,7 +7,8 @@ Programs
     Chains :class:`TopDown`, :class:`BottomUp`, :class:`Ladder`, :class:`Reversed`; :class:`Diffusion` with
     :class:`DenoisingChain`, and :class:`DiscreteDiffusion` with :class:`DiscreteDenoisingChain`; their kernels
     (:class:`Gaussian`, :class:`Bernoulli`, ...); ready-made pairs (:func:`vae`, :func:`hvae`, :func:`ladder_vae`,
-    :func:`vdm`, :func:`discrete_diffusion`); :func:`encode`, :func:`decode`, :func:`reconstruct`, :func:`impute`.  More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
+    :func:`vdm`, :func:`discrete_diffusion`); :func:`encode`, :func:`decode`, :func:`reconstruct`, :func:`impute`.
+    More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
     :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
 
 Bounds
