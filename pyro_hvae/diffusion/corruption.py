@@ -27,13 +27,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_hvae.diffusion.replacement import PowerReplacement, ReplacementSchedule, check_replacement
-from pyro_hvae.distributions import MaskedSubset, OneRevealed
+from pyro_hvae.distributions import Categorical, MaskedSubset, OneRevealed
 
 __all__ = ["Absorbing", "AnyOrder", "Corruption", "Uniform", "log_one_hot"]
 
@@ -136,8 +135,8 @@ class Corruption(nn.Module):
         """Reshape times so that they broadcast against (..., *event, S)."""
         return t.reshape(t.shape + (1,) * (event_dim + 1)) if t.dim() else t
 
-    def extra_repr(self) -> str:
-        return f"num_categories={self.num_categories}"
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_categories}, {self.schedule!r})"
 
 
 class Absorbing(Corruption):
@@ -245,8 +244,8 @@ class AnyOrder(Absorbing):
         share = masked.sum(dims, keepdim=True).clamp(min=1)
         return torch.where(masked, surprise / share, torch.zeros_like(surprise))
 
-    def extra_repr(self) -> str:
-        return f"num_categories={self.num_categories}"
+    def __repr__(self) -> str:
+        return f"AnyOrder({self.num_categories})"
 
 
 class Uniform(Corruption):
@@ -341,4 +340,4 @@ def _excess(p: Tensor, at: Tensor, kept: Tensor, share: Tensor) -> Tensor:
 
 
 def _categorical(logits: Tensor, event_dim: int) -> TorchDistribution:
-    return dist.Categorical(logits=logits).to_event(event_dim)
+    return Categorical(logits=logits).to_event(event_dim)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from pyro_hvae.diffusion.corruption import Corruption, log_one_hot
 from pyro_hvae.diffusion.process import NoisingProcess
 from pyro_hvae.diffusion.replacement import ReplacementSchedule
 from pyro_hvae.diffusion.reverse import ReverseChain
+from pyro_hvae.distributions import Categorical
 from pyro_hvae.kernels import Kernel
 
 __all__ = ["DiscreteDenoisingChain", "DiscreteDiffusion"]
@@ -118,7 +118,7 @@ class _LastStep(Kernel):
         if chain.num_layers is None:
             known = log_one_hot(parent, self.num_categories, like.dtype)
             logits = torch.where((parent == self.num_categories).unsqueeze(-1), torch.zeros_like(known), known)
-            return dist.Categorical(logits=logits).to_event(self.event_dim)
+            return Categorical(logits=logits).to_event(self.event_dim)
         time = torch.full((), chain.time(1), dtype=like.dtype, device=parent.device)
         return chain.corruption.last(time, parent, chain.predict(parent, time, context), self.event_dim)
 

@@ -25,6 +25,9 @@ from pyro_hvae.diffusion import (
 )
 from pyro_hvae.models import discrete_diffusion, vdm
 from pyro_hvae.nn import DenoisingMLP, TokenMLP, TokenTransformer, TokenUNet
+from pyro_hvae.training.compile import trace
+from pyro_hvae.training.compile.graph import split_batch
+from pyro_hvae.training.objective import PairObjective
 from tests.diffusion.categories import BITS, Linear, Masked, expected_bound, integrated, states
 
 DENOISERS = {
@@ -226,3 +229,43 @@ def test_two_processes_in_one_pair_are_refused():
             sample(gaussian, 3)
     with pytest.raises(ValueError, match="infinitely many sites"):
         discrete_diffusion(Linear(), num_layers=None, **parts)[0](size=3)
+
+
+@pytest.mark.parametrize("kind", ["absorbing", "uniform", "gaussian"])
+def test_encoder_and_decoder_of_a_diffusion(kind):
+    if kind == "gaussian":
+        model, guide = vdm(DenoisingMLP(3, hidden=8), event_shape=3, num_layers=4)
+        x = torch.randn(8, 3)
+    else:
+        model, guide = discrete_diffusion(Linear(), event_shape=3, num_categories=2, num_layers=4, corruption=kind)
+        x = states(2, 3)
+    latents = ph.encode(guide, x, num_draws=5)
+    assert latents["z3"].shape == (5, 8, 3)
+    decoded = ph.decode(model, {"z1": latents["z1"]})
+    assert decoded.shape() == (5, 8, 3)
+    mask = torch.rand(8, 3) < 0.5
+    imputed = ph.impute(model, guide, x, mask, num_draws=5)
+    assert torch.equal(imputed[:, mask], x[mask].expand(5, -1))
+    if kind != "gaussian":
+        assert torch.equal(decoded.log_prob(imputed).isfinite(), decoded.log_prob(imputed) > -math.inf)
+        with pytest.raises(ValueError, match="has no mean: its values are categories"):
+            ph.reconstruct(model, guide, x)
+
+
+@pytest.mark.parametrize("kind", ["absorbing", "uniform"])
+@pytest.mark.parametrize("num_layers", [6, None])
+def test_a_step_is_one_graph(kind, num_layers):
+    """The flat graph of a step equals the eager one under the same noise; nothing in it waits for the device."""
+    make = TokenMLP(3, 2, hidden=8, num_layers=1)
+    model, guide = discrete_diffusion(make, event_shape=3, num_categories=2, num_layers=num_layers, corruption=kind)
+    x = states(2, 3)
+    objective = PairObjective(DiffusionELBO(), model, guide, (x,), {}, None)
+    parameters = list(objective.parameters())
+    flat = trace(objective, parameters, (x,), {})
+    torch.manual_seed(3)
+    found = flat(*split_batch((x,), {})[0])
+    torch.manual_seed(3)
+    loss = objective(x)
+    torch.testing.assert_close(found[0], loss.detach())
+    for one, other in zip(found[1:], torch.autograd.grad(loss, flat.trained), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-8)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pyro_hvae.distributions import MaskedSubset, OneRevealed
+from pyro_hvae.distributions import Categorical, MaskedSubset, OneRevealed
 
 MASK = 3
 EVERY = torch.tensor(list(itertools.product(range(MASK + 1), repeat=4)))
@@ -63,3 +63,17 @@ def test_batches_and_images():
     assert revealed.log_prob(z).max() == -torch.inf
     with pytest.raises(ValueError, match="event_dim >= 1"):
         MaskedSubset(torch.tensor(1), 1, MASK, 0)
+
+
+def test_divergence_of_categories_is_torch_s():
+    p, q = torch.rand(5, 3).add(0.1), torch.rand(5, 3).add(0.1)
+    q[0, 1] = q[1, 2] = p[1, 2] = p[2, 0] = 0.0
+    ours, theirs = (
+        torch.distributions.kl_divergence(kind(logits=q.log()), kind(logits=p.log()))
+        for kind in (Categorical, torch.distributions.Categorical)
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert ours[2] == torch.inf
+    logits = p.log().requires_grad_()
+    torch.distributions.kl_divergence(Categorical(logits=q[:2].log()), Categorical(logits=logits[:2])).sum().backward()
+    assert logits.grad.isfinite().all()
