@@ -5,9 +5,10 @@ diagnostics work on any pair of Pyro programs.
 
 Programs
     Chains :class:`TopDown`, :class:`BottomUp`, :class:`Ladder`, :class:`Reversed`; :class:`Diffusion` with
-    :class:`DenoisingChain`; their kernels (:class:`Gaussian`, :class:`Bernoulli`, ...); ready-made pairs
-    (:func:`vae`, :func:`hvae`, :func:`ladder_vae`, :func:`vdm`); :func:`encode`, :func:`decode`, :func:`reconstruct`,
-    :func:`impute`.  More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
+    :class:`DenoisingChain`, and :class:`DiscreteDiffusion` with :class:`DiscreteDenoisingChain`; their kernels
+    (:class:`Gaussian`, :class:`Bernoulli`, ...); ready-made pairs (:func:`vae`, :func:`hvae`, :func:`ladder_vae`,
+    :func:`vdm`, :func:`discrete_diffusion`); :func:`encode`, :func:`decode`, :func:`reconstruct`, :func:`impute`.
+    More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
     :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
 
 Bounds
@@ -43,7 +44,7 @@ from pyro_hvae.bounds import (
 )
 from pyro_hvae.chains import BottomUp, Ladder, Reversed, TopDown, decode, encode, impute, reconstruct
 from pyro_hvae.diagnostics import diagnose, to_datatree
-from pyro_hvae.diffusion import DenoisingChain, Diffusion
+from pyro_hvae.diffusion import DenoisingChain, Diffusion, DiscreteDenoisingChain, DiscreteDiffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
 from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 from pyro_hvae.kernels import (
@@ -66,7 +67,7 @@ from pyro_hvae.kernels import (
     WithoutContext,
     ZeroInflated,
 )
-from pyro_hvae.models import hvae, ladder_vae, table_vae, vae, vdm
+from pyro_hvae.models import discrete_diffusion, hvae, ladder_vae, table_vae, vae, vdm
 from pyro_hvae.problem import Problem, predict
 from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
@@ -79,6 +80,8 @@ __all__ = [
     "Columns",
     "DenoisingChain",
     "Diffusion",
+    "DiscreteDenoisingChain",
+    "DiscreteDiffusion",
     "DiscretizedLogistic",
     "Flow",
     "Gamma",
@@ -98,6 +101,7 @@ __all__ = [
     "ZeroInflated",
     "__version__",
     "decode",
+    "discrete_diffusion",
     "encode",
     "hvae",
     "impute",

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from pyro_hvae.chains import BottomUp, Ladder, TopDown
 from pyro_hvae.kernels import Bernoulli, Gaussian, StandardNormal, Transition
+from pyro_hvae.models import discrete_diffusion
+from tests.diffusion.categories import Linear, model_evidence
 from tests.linear_gaussian import Oracle, linear_gaussian
 from tests.pair import PAIRS, Pair, build, draw_weights, pair, parameters, reference_weights
 
@@ -449,6 +451,32 @@ def enumerated() -> Pair:
     x = torch.randn(5)
     evidence = torch.logaddexp(math.log(0.7) + normal(x, -1.0, 0.89**0.5), math.log(0.3) + normal(x, 1.0, 0.89**0.5))
     return Pair(model, guide, (x,), log_evidence=evidence, scale=5.0, plain=(plain, guide))
+
+
+def noised(corruption: str, num_layers: int) -> Pair:
+    """A discrete diffusion of two entries with a denoiser that is wrong."""
+    denoiser = Linear(2, 3)
+    model, guide = discrete_diffusion(
+        denoiser, event_shape=2, num_categories=3, num_layers=num_layers, corruption=corruption
+    )
+    x = torch.tensor([[0, 1], [2, 2], [1, 0], [0, 0]])
+    latents = tuple(f"z{i}" for i in range(1, num_layers + 1))
+    return Pair(model, guide, (x,), log_evidence=model_evidence(model, x), discrete=latents)
+
+
+@pair
+def absorbing() -> Pair:
+    return noised("absorbing", 3)
+
+
+@pair
+def any_order() -> Pair:
+    return noised("any_order", 2)
+
+
+@pair
+def uniform_noise() -> Pair:
+    return noised("uniform", 2)
 
 
 # AutoGuides

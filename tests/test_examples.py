@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LONG = {"distributed", "hierarchies", "semi_supervised", "conditional", "vdm_digits", "diagnose"}
+LONG = {"distributed", "hierarchies", "semi_supervised", "conditional", "vdm_digits", "diagnose", "masked_text"}
 SCRIPTS = [
     pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [], id=path.stem)
     for path in sorted(EXAMPLES.glob("*.py"))

@@ -13,6 +13,9 @@ from pyro_hvae.nn import (
     DenoisingMLP,
     Flattened,
     TimeEmbedding,
+    TokenMLP,
+    TokenTransformer,
+    TokenUNet,
     UNet,
     logit_of_mean,
     xavier_,
@@ -153,3 +156,40 @@ def test_networks_take_float32():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+TOKENS = {
+    "mlp": (lambda context=0: TokenMLP((2, 3), 4, hidden=8, num_layers=1, context_features=context), (2, 3)),
+    "transformer": (lambda context=0: TokenTransformer(5, 4, 8, 2, 1, context), (5,)),
+    "unet": (lambda context=0: TokenUNet(4, 2, (4, 8), context, embedding=3), (2, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_denoisers_of_categories_treat_leading_dims_as_a_batch(name):
+    make, event = TOKENS[name]
+    net = make(3)
+    z, gamma, labels = torch.randint(0, 5, (2, 3, *event)), torch.randn(2, 3), torch.tensor([[0, 1, 2], [2, 1, 0]])
+    whole = net(z, gamma, labels)
+    assert whole.shape == (*z.shape, 4)
+    torch.testing.assert_close(whole, per_item(net, z, gamma, labels))
+    torch.testing.assert_close(net(z.double(), gamma, labels), whole)  # categories may be given as floats
+    torch.testing.assert_close(net(z[0, 0], gamma[0, 0], labels[0, 0]), whole[0, 0])
+    assert not torch.allclose(net(z, gamma), whole)
+    assert not torch.allclose(net(z, gamma + 1, labels), whole)
+    whole.square().sum().backward()
+    assert not unused(net)
+    with pytest.raises(ValueError, match="needs z of shape"):
+        net(z[..., :1].flatten(-1)[..., 0], gamma)
+
+
+def test_each_entry_of_a_transformer_sees_all_others():
+    net = TokenTransformer(5, 4, 8, 2, 1)
+    z = torch.zeros(5, dtype=torch.long)
+    base = net(z, torch.tensor(0.0))
+    for j in range(5):
+        other = z.clone()
+        other[j] = 4
+        assert ((net(other, torch.tensor(0.0)) - base).abs().amax(-1) > 1e-6).all()
+    with pytest.raises(ValueError, match="multiple of num_heads=3; got 8"):
+        TokenTransformer(5, 4, 8, num_heads=3)

@@ -11,7 +11,15 @@ from torch.distributions import Distribution
 
 from pyro_hvae.problem.checks import check_observation
 
-__all__ = ["Reversible", "ReversibleModel", "check_capable", "check_data", "check_same_process", "data_of"]
+__all__ = [
+    "Reversible",
+    "ReversibleModel",
+    "check_capable",
+    "check_data",
+    "check_same_process",
+    "data_of",
+    "layer_times",
+]
 
 
 class Reversible(Protocol):
@@ -19,6 +27,9 @@ class Reversible(Protocol):
 
     ``num_layers`` is the number of layers; None is continuous time.  Calling it with ``visit=f`` returns ``f(self)``
     from inside of the module's call, where its parameters register.
+
+    Its optional method ``time(index)`` gives the times of layers 1, ..., T, as numbers or tensors; without it they are
+    equally spaced from 0 to 1.  An optional ``noise`` names the kind of noise; that of the model is compared with it.
     """
 
     num_layers: int | None
@@ -31,8 +42,8 @@ class Reversible(Protocol):
 class ReversibleModel(Protocol):
     """The model of such a chain.
 
-    Its optional method ``matching(s, t, z_t, noise, context)`` gives the layers' divergences in a numerically stable
-    closed form (and, for ``s=None``, their rate in continuous time).
+    Its optional method ``matching(s, t, z_t, x, context)`` gives the layers' divergences in a numerically stable closed
+    form (and, for ``s=None``, their rate in continuous time).
     """
 
     def __call__(self, *args: Any, visit: Callable[[Any], Any]) -> Any: ...
@@ -60,8 +71,15 @@ def check_capable(model: Any, guide: Any) -> None:
             )
 
 
+def layer_times(q: Any, index: Any) -> Any:
+    """Return the times of layers ``index``, each in 1, ..., T."""
+    if hasattr(q, "time"):
+        return q.time(index)
+    return (index - 1) / (q.num_layers - 1) if q.num_layers > 1 else index
+
+
 def check_same_process(p: Any, q: Any) -> None:
-    """Refuse a model and a guide of different diffusions: other noise schedules, or other numbers of layers.
+    """Refuse a model and a guide of different diffusions: other noise, noise schedules, or numbers of layers.
 
     Two schedule objects are compared at five times, which synchronises with their device; one shared object is not
     compared. A program without ``schedule`` or ``num_layers`` is not checked for it.
@@ -80,6 +98,12 @@ def check_same_process(p: Any, q: Any) -> None:
             "process for both. Build both with vdm(..., num_layers=...), or write "
             "Diffusion(model.schedule, model.num_layers)"
         )
+    kinds = [getattr(program, "noise", None) for program in (p, q)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"the model's noise is {kinds[0]} and the guide's {kinds[1]}; DiffusionELBO needs one process for both. "
+            "Build both with models.vdm or models.discrete_diffusion"
+        )
     schedules = [getattr(program, "schedule", None) for program in (p, q)]
     if schedules[0] is schedules[1] or None in schedules:
         return
@@ -87,14 +111,15 @@ def check_same_process(p: Any, q: Any) -> None:
         model_gamma, guide_gamma = (_gammas(schedule) for schedule in schedules)
     if not torch.allclose(model_gamma, guide_gamma, rtol=1e-4, atol=1e-4):
         raise ValueError(
-            f"the model's schedule ({schedules[0]!r}) has gamma {_listed(model_gamma)} at t = 0, 1/4, ..., 1, and the "
-            f"guide's ({schedules[1]!r}) {_listed(guide_gamma)}; DiffusionELBO needs one process for both. Build both "
-            "with vdm(..., schedule=...), or write Diffusion(model.schedule, model.num_layers)"
+            f"the model's schedule ({schedules[0]!r}) is {_listed(model_gamma)} at t = 0, 1/4, ..., 1, and the guide's "
+            f"({schedules[1]!r}) {_listed(guide_gamma)}; DiffusionELBO needs one process for both. Build both with "
+            "vdm(..., schedule=...) or discrete_diffusion(..., schedule=...), or write Diffusion(model.schedule, "
+            "model.num_layers) or DiscreteDiffusion(model.corruption, model.num_layers)"
         )
 
 
 def _gammas(schedule: Any) -> Tensor:
-    """Return gamma at five times from 0 to 1, on the CPU in float64."""
+    """Return a schedule at five times from 0 to 1, on the CPU in float64."""
     like = next((t for t in (*schedule.parameters(), *schedule.buffers()) if t.is_floating_point()), torch.empty(()))
     return schedule(torch.linspace(0.0, 1.0, 5, dtype=like.dtype, device=like.device)).double().cpu()
 

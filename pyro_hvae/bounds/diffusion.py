@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluation
-from pyro_hvae.bounds.capability import check_capable, check_data, check_same_process, data_of
+from pyro_hvae.bounds.capability import check_capable, check_data, check_same_process, data_of, layer_times
 from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem
 from pyro_hvae.problem.isolation import RUNNING, evaluating, kept_buffers, noted_parameters
@@ -120,24 +120,27 @@ class DiffusionELBO(Bound):
         total = getattr(guide, "num_layers", None)
         if total == 1:
             raise ValueError("a diffusion of one layer has no denoising-matching term")
-        count = num_layers if total is None else min(num_layers, total - 1)
-        upper = torch.linspace(1.0 / (total - 1) if total else 0.0, 1.0, count).to(x)
-        if total is not None:
-            upper = (upper * (total - 1)).round() / (total - 1)
+        upper: list[Tensor] = []
 
         def inside_guide(q: Any) -> None:
             def inside_model(p: Any) -> None:
                 check_same_process(p, q)
-                for t in upper:
-                    times = t.expand(x.shape[0])
-                    lower = None if total is None else times - 1.0 / (total - 1)
-                    terms.append(_layer(p, q, lower, times, x, context))
+                one = _one(p, x)
+                if total is None:
+                    layers = [(None, t) for t in torch.linspace(0.0, 1.0, num_layers).to(one)]
+                else:
+                    index = torch.linspace(2.0, float(total), min(num_layers, total - 1)).round().to(one)
+                    layers = list(zip(layer_times(q, index - 1), layer_times(q, index), strict=True))
+                for lower, t in layers:
+                    s = None if lower is None else lower.expand(x.shape[0])
+                    terms.append(_layer(p, q, s, t.expand(x.shape[0]), x, context))
+                    upper.append(t)
 
             model(visit=inside_model)
 
         with RUNNING, torch.no_grad(), evaluation_mode(model, guide), kept_buffers(model, guide), noted_parameters():
             guide(x, visit=inside_guide)
-        return upper, torch.stack(terms)
+        return torch.stack(upper), torch.stack(terms)
 
     def _visit(self, problem: Problem) -> tuple[dict[str, Tensor], _Visited, float]:
         model, guide = problem.model, problem.guide
@@ -174,11 +177,10 @@ class DiffusionELBO(Bound):
         self, p: Any, q: Any, x: Tensor, context: Any, mask: Tensor | None, learning: bool
     ) -> dict[str, Tensor]:
         data = x if mask is None else torch.where(_broadcast(mask, x), x, torch.zeros_like(x))
-        one = x.new_ones(())
+        one = _one(p, x)
         last = q.marginal(one, data)
-        first_time = one if q.num_layers == 1 else torch.zeros_like(one)
-        z_1 = q.marginal(first_time, data).rsample()
-        likelihood = p.likelihood(z_1, context)
+        first_time = torch.zeros_like(one) if q.num_layers is None else one * layer_times(q, 1)
+        likelihood = p.likelihood(_draw(q, q.marginal(first_time, data)), context)
         if mask is None:
             reconstruction = likelihood.log_prob(data)
         else:
@@ -186,7 +188,7 @@ class DiffusionELBO(Bound):
         prior = p.prior(x)
         terms = {
             "reconstruction": reconstruction,
-            "prior_matching": kl_divergence(last, prior.expand(last.batch_shape)),
+            "prior_matching": _divergence(q, last, prior.expand(last.batch_shape)),
         }
         if q.num_layers == 1:
             terms["denoising_matching"] = torch.zeros_like(reconstruction)
@@ -199,16 +201,15 @@ class DiffusionELBO(Bound):
     def _all(self, p: Any, q: Any, x: Tensor, context: Any) -> Tensor:
         if q.num_layers is None:
             raise ValueError("sampling='exact' sums over layers, and continuous time has infinitely many: sample them")
-        total = x.new_zeros(x.shape[:1])
-        width = 1.0 / (q.num_layers - 1)
-        for i in range(1, q.num_layers):
-            times = x.new_full(x.shape[:1], i * width)
-            total = total + _layer(p, q, times - width, times, x, context)
+        ones = _one(p, x).expand(x.shape[0])
+        total = torch.zeros_like(ones)
+        for i in range(2, q.num_layers + 1):
+            total = total + _layer(p, q, ones * layer_times(q, i - 1), ones * layer_times(q, i), x, context)
         return total
 
     def _sampled(self, p: Any, q: Any, x: Tensor, context: Any, learning: bool) -> Tensor:
         shape = (self.num_layers_sampled, x.shape[0])
-        uniform = self._positions(shape, x)
+        uniform = self._positions(shape, _one(p, x))
         density = torch.ones_like(uniform)
         if self.sampling == "importance":
             uniform, density = self._stretched(uniform)
@@ -220,18 +221,18 @@ class DiffusionELBO(Bound):
             index = (uniform * count).floor().clamp(max=count - 1)
             if self.sampling == "importance":  # the probability of the layer's interval, not the density at a point
                 density = self._mass(index / count, (index + 1) / count) * count
-            term = count * _layer(p, q, index / count, (index + 1) / count, repeated, context)
+            term = count * _layer(p, q, layer_times(q, index + 1), layer_times(q, index + 2), repeated, context)
         if self.sampling == "importance" and learning:
             self._update_magnitudes(uniform.detach(), term.detach())
         return (term / density).mean(0)
 
-    def _positions(self, shape: tuple[int, int], x: Tensor) -> Tensor:
+    def _positions(self, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Draw uniform points of [0, 1); antithetic ones share one offset and cover the interval evenly."""
         if self.sampling == "uniform":
-            return torch.rand(shape, dtype=x.dtype, device=x.device)
+            return torch.rand(shape, dtype=like.dtype, device=like.device)
         count = shape[0] * shape[1]
-        order = torch.randperm(count, device=x.device).to(x.dtype)
-        return ((order + torch.rand((), dtype=x.dtype, device=x.device)) / count).reshape(shape) % 1.0
+        order = torch.randperm(count, device=like.device).to(like.dtype)
+        return ((order + torch.rand((), dtype=like.dtype, device=like.device)) / count).reshape(shape) % 1.0
 
     def _weights(self, like: Tensor) -> Tensor:
         """Return the probability of each bin of times: 0.8 proportional to the terms' root mean square, 0.2 uniform."""
@@ -299,6 +300,11 @@ class SimpleDiffusionLoss(DiffusionELBO):
         self.bound = DiffusionELBO(num_layers_sampled, sampling)
 
     def _sampled(self, p: Any, q: Any, x: Tensor, context: Any, learning: bool) -> Tensor:
+        if getattr(p, "noise", "Gaussian") != "Gaussian":
+            raise TypeError(
+                "SimpleDiffusionLoss weighs the squared error of predicted Gaussian noise, and the noise of this pair "
+                f"is {p.noise}: use DiffusionELBO"
+            )
         times = self._positions((self.num_layers_sampled, x.shape[0]), x)
         if q.num_layers is not None:
             times = (times * q.num_layers).floor() / max(q.num_layers - 1, 1)
@@ -323,7 +329,8 @@ class SimpleDiffusionLoss(DiffusionELBO):
 
 def _rate(p: Any, q: Any, t: Tensor, x: Tensor, context: Any) -> Tensor:
     """Return the rate of the divergence at t; a learned schedule gets the gradient of the variance."""
-    with p.schedule.variance_gradient() if hasattr(p, "schedule") else nullcontext(lambda terms: None) as record:
+    follows = hasattr(getattr(p, "schedule", None), "variance_gradient")
+    with p.schedule.variance_gradient() if follows else nullcontext(lambda terms: None) as record:
         terms = _layer(p, q, None, t, x, context)
         record(terms)
     return terms
@@ -331,13 +338,42 @@ def _rate(p: Any, q: Any, t: Tensor, x: Tensor, context: Any) -> Tensor:
 
 def _layer(p: Any, q: Any, s: Tensor | None, t: Tensor, x: Tensor, context: Any) -> Tensor:
     """Return the divergence of the layer from t to s, or its rate at t; shape of t."""
-    marginal = q.marginal(t, x)
-    z_t = marginal.rsample()
+    z_t = _draw(q, q.marginal(t, x))
     if hasattr(p, "matching"):
-        return p.matching(s, t, z_t, (z_t - marginal.mean) / marginal.stddev, context)
+        return p.matching(s, t, z_t, x, context)
     if s is None:
-        raise TypeError("continuous time needs a model with matching(s, t, z_t, noise, context)")
-    return kl_divergence(q.posterior(s, t, z_t, x), p.transition(s, t, z_t, context))
+        raise TypeError("continuous time needs a model with matching(s, t, z_t, x, context)")
+    return _divergence(q, q.posterior(s, t, z_t, x), p.transition(s, t, z_t, context))
+
+
+def _draw(q: Any, marginal: Any) -> Tensor:
+    """Draw from a marginal of the guide."""
+    if marginal.has_rsample:
+        return marginal.rsample()
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in q.parameters()):
+        raise ValueError(
+            f"the guide's marginal ({type(marginal).__name__}) has no reparameterised draws, so the gradient of "
+            "DiffusionELBO in the guide's parameters would be wrong: fix them by requires_grad_(False)"
+        )
+    return marginal.sample()
+
+
+def _divergence(guide: Any, q: Any, p: Any) -> Tensor:
+    """Return KL(q || p), or where no formula is registered its estimate from one draw."""
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        z = _draw(guide, q)
+        return q.log_prob(z) - p.log_prob(z)
+
+
+def _one(p: Any, x: Tensor) -> Tensor:
+    """Return the number 1 on the device of x, of its dtype or, for data of integers, of the model's."""
+    if x.is_floating_point():
+        return x.new_ones(())
+    parameters = p.parameters() if hasattr(p, "parameters") else ()
+    dtype = next((value.dtype for value in parameters if value.is_floating_point()), torch.get_default_dtype())
+    return torch.ones((), dtype=dtype, device=x.device)
 
 
 def _broadcast(mask: Tensor, x: Tensor) -> Tensor:

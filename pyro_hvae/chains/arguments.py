@@ -1,14 +1,15 @@
-"""Number of data N, from the arguments of a program."""
+"""Number of data N, from the arguments of a program, and the shape of one datum."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["batch_size", "check_data_size"]
+__all__ = ["batch_size", "check_data_size", "event_sizes"]
 
 
 def batch_size(name: str, x: Any, context: Any, mask: Any, size: int | None) -> int:
@@ -56,3 +57,15 @@ def check_data_size(data_size: int, size: int) -> None:
     """
     if not data_size >= size:  # false for NaN too
         raise ValueError(f"data_size is the size of the whole data set, got {data_size} for a batch of {size}.")
+
+
+def event_sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of one datum as a tuple.
+
+    Raises:
+        ValueError: for no size at all, or one below 1.
+    """
+    sizes = (shape,) if isinstance(shape, Integral) else tuple(shape)  # type: ignore[arg-type]
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"event_shape must hold at least one size, all >= 1; got {shape}.")
+    return tuple(int(size) for size in sizes)

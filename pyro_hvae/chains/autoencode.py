@@ -309,5 +309,5 @@ def _likelihood(
 
 
 def _event_dim(model: TopDown, site: str) -> int:
-    """Return the event dims of a latent: the kernel's ``event_dim``, or 1."""
-    return getattr(model.kernels[site], "event_dim", 1)
+    """Return the event dims of a latent: the kernel's ``event_dim``, that of a diffusion, or 1."""
+    return getattr(model.kernels.get(site, model), "event_dim", 1)

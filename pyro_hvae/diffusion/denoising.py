@@ -7,10 +7,8 @@ Kernels are created lazily, one at a time, so that a thousand layers need no tho
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -19,9 +17,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_hvae import distributions
-from pyro_hvae.chains import TopDown
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
 from pyro_hvae.diffusion.process import Noising, broadcast_level
+from pyro_hvae.diffusion.reverse import ReverseChain
 from pyro_hvae.diffusion.schedules import Schedule
 from pyro_hvae.diffusion.variance import ReverseVariance
 from pyro_hvae.kernels import Kernel
@@ -84,7 +82,7 @@ class BinnedGaussian(RescaledGaussian):
         return levels.to_event(self.event_dim)
 
 
-class DenoisingChain(TopDown):
+class DenoisingChain(ReverseChain):
     """The generative chain of a diffusion, with one denoiser for all of its kernels.
 
     Args:
@@ -129,43 +127,30 @@ class DenoisingChain(TopDown):
             raise ValueError(f"unknown parameterisation {parameterisation!r}; there are {', '.join(PARAMETERISATIONS)}")
         if num_layers is not None:
             schedule.grid(num_layers)
-        event_dim = len(event_shape)
         super().__init__(
-            name=name, plate=plate, x=RescaledGaussian(schedule, event_dim) if likelihood is None else likelihood
+            denoiser,
+            event_shape=event_shape,
+            num_layers=num_layers,
+            likelihood=RescaledGaussian(schedule, len(event_shape)) if likelihood is None else likelihood,
+            name=name,
+            plate=plate,
         )
-        self.denoiser = denoiser
         self.schedule = schedule
         self.reverse_variance = reverse_variance
-        self.event_shape = tuple(event_shape)
-        self.num_layers = num_layers
         self.parameterisation = parameterisation
-        self._denoiser_takes_context = _takes_context(denoiser)
 
     @property
-    def event_dim(self) -> int:
-        return len(self.event_shape)
+    def noise(self) -> str:
+        return "Gaussian"
 
-    @property
-    def latents(self) -> tuple[str, ...]:
-        return tuple(f"z{i}" for i in range(self.num_layers or 0, 0, -1))
-
-    @property
-    def observation(self) -> str:
-        return "x"
-
-    @property
-    def kernels(self) -> Mapping[str, nn.Module]:
-        return MappingProxyType({"x": self._modules["x"]})
+    def time(self, index: Any) -> Any:
+        assert self.num_layers is not None
+        return (index - 1) / (self.num_layers - 1) if self.num_layers > 1 else index
 
     def predict(self, z: Tensor, gamma: Tensor, context: Any = None, *, target: str = "x0") -> Tensor:
         """Return the denoiser's prediction for z (..., *event_shape) at noise levels gamma (...), as ``target``."""
-        levels = gamma.expand(z.shape[: z.dim() - self.event_dim])
-        denoiser = self.denoiser
-        if context is None or not self._denoiser_takes_context:
-            output = denoiser(z, levels)
-        else:
-            output = denoiser(z, levels, context)
-        gamma = broadcast_level(levels, z, self.event_dim)
+        output = self.call_denoiser(z, gamma, context)
+        gamma = broadcast_level(gamma.expand(z.shape[: z.dim() - self.event_dim]), z, self.event_dim)
         return convert(output, z, gamma, source=self.parameterisation, target=target)
 
     def transition(self, s: Tensor, t: Tensor, z_t: Tensor, context: Any = None) -> TorchDistribution:
@@ -177,12 +162,8 @@ class DenoisingChain(TopDown):
         zero = like.new_zeros(self.event_shape)
         return dist.Normal(zero, torch.ones_like(zero)).to_event(self.event_dim)
 
-    def likelihood(self, z_1: Tensor, context: Any = None) -> TorchDistribution:
-        """Return p(x | z_1)."""
-        return self.distribution("x", self.x, z_1, context)
-
-    def matching(self, s: Tensor | None, t: Tensor, z_t: Tensor, noise: Tensor, context: Any = None) -> Tensor:
-        r"""Return KL(q(z_s|z_t,x) || p(z_s|z_t)) in closed form, from the noise in z_t; nats (...).
+    def matching(self, s: Tensor | None, t: Tensor, z_t: Tensor, x: Tensor, context: Any = None) -> Tensor:
+        r"""Return KL(q(z_s|z_t,x) || p(z_s|z_t)) in closed form, with epsilon the noise in z_t; nats (...).
 
         .. math:: \tfrac12\,\mathrm{expm1}(\gamma_t-\gamma_s)\,\|\epsilon-\hat\epsilon\|^2
                   \qquad\text{or, for } s = \text{None, its rate }\ \tfrac12\,\gamma'(t)\,\|\epsilon-\hat\epsilon\|^2;
@@ -190,6 +171,8 @@ class DenoisingChain(TopDown):
         with a variance of its own, that of :class:`~pyro_hvae.diffusion.ReverseVariance`.
         """
         gamma = self.schedule(t)
+        level = Noising(broadcast_level(gamma, z_t, self.event_dim))
+        noise = (z_t - level.alpha * x) / level.sigma
         predicted = self.predict(z_t, gamma, context, target="eps")
         square = ((noise - predicted) ** 2).sum(tuple(range(-self.event_dim, 0)))
         if s is None:  # a wider variance costs nothing in the limit
@@ -201,43 +184,18 @@ class DenoisingChain(TopDown):
         dim = math.prod(self.event_shape)
         return 0.5 * (weight * square / (1 + excess) + dim * (torch.log1p(excess) - excess / (1 + excess)))
 
-    def steps(self) -> Iterator[Any]:
-        if self.num_layers is None:
-            raise ValueError(
-                "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
-                "DiffusionELBO, sample with probability_flow or dpm_solver, or give num_layers"
-            )
+    def layer_kernel(self) -> Callable[[int, Tensor, Any], TorchDistribution]:
+        assert self.num_layers is not None
         schedule, grid = self.schedule, self.schedule.grid(self.num_layers)
         gammas: Tensor | None = None
 
-        def prior(parent: Tensor | None, context: Any = None) -> TorchDistribution:
-            return self.prior(self.reference())
+        def kernel(i: int, parent: Tensor, context: Any) -> TorchDistribution:
+            nonlocal gammas
+            if gammas is None:
+                gammas = schedule(grid.to(parent))
+            return self._transition(Noising(gammas[i - 1]), Noising(gammas[i]), parent, context)
 
-        yield f"z{self.num_layers}", prior, None
-        for i in range(self.num_layers - 1, 0, -1):
-
-            def kernel(parent: Tensor, context: Any = None, i: int = i) -> TorchDistribution:
-                nonlocal gammas
-                if gammas is None:
-                    gammas = schedule(grid.to(parent))
-                return self._transition(Noising(gammas[i - 1]), Noising(gammas[i]), parent, context)
-
-            yield f"z{i}", kernel, None
-        yield "x", self.x, None
-
-    def forward(
-        self,
-        *args: Any,
-        visit: Callable[[DenoisingChain], Any] | None = None,
-        data_size: int | None = None,  # by name, so that fit sees that minibatches can be scaled
-        **kwargs: Any,
-    ) -> Any:
-        """Run the chain as a program, as :class:`~pyro_hvae.chains.TopDown`; or ``visit`` inside of the call.
-
-        Parameters register with Pyro only during a module's call, not in its other methods; an estimator
-        that needs more of this chain than its trace passes ``visit``, a function of the chain.
-        """
-        return super().forward(*args, data_size=data_size, **kwargs) if visit is None else visit(self)
+        return kernel
 
     def _transition(self, lower: Noising, upper: Noising, z: Tensor, context: Any) -> TorchDistribution:
         xhat = self.predict(z, upper.gamma, context)
@@ -248,24 +206,5 @@ class DenoisingChain(TopDown):
         loc = broadcast_level(of_z, z, self.event_dim) * z + broadcast_level(of_x, z, self.event_dim) * xhat
         return dist.Normal(loc, broadcast_level(variance.sqrt(), z, self.event_dim)).to_event(self.event_dim)
 
-    def reference(self) -> Tensor:
-        """Return a tensor on the chain's device and of its dtype."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            if tensor.is_floating_point():
-                return tensor
-        return torch.empty(())
-
-    def _path(self) -> list[str]:
-        if self.num_layers is None:
-            return ["z(t)", "x"]
-        return [f"z{self.num_layers}", "...", "z1", "x"] if self.num_layers > 2 else [*self.latents, "x"]
-
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, parameterisation={self.parameterisation!r}"
-
-
-def _takes_context(denoiser: nn.Module) -> bool:
-    """Return whether ``denoiser.forward`` names a third positional argument."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    arguments = inspect.signature(denoiser.forward).parameters.values()
-    return sum(argument.kind in positional for argument in arguments) >= 3

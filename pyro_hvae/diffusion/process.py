@@ -15,7 +15,8 @@ Differences of nearby terms are taken as ``expm1`` of differences, so that a tho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pyro
@@ -30,7 +31,7 @@ from pyro_hvae.chains.arguments import batch_size, check_data_size
 from pyro_hvae.chains.missing import zero_masked
 from pyro_hvae.diffusion.schedules import Schedule
 
-__all__ = ["Diffusion", "Noising", "broadcast_level"]
+__all__ = ["Diffusion", "Noising", "NoisingProcess", "broadcast_level"]
 
 
 class Noising(NamedTuple):
@@ -65,7 +66,88 @@ def broadcast_level(level: Tensor, like: Tensor, event_dim: int) -> Tensor:
     return level.reshape(level.shape + (1,) * event_dim) if level.dim() else level
 
 
-class Diffusion(PyroModule):
+class NoisingProcess(PyroModule):
+    """Base of the noising processes as guides: q(z_1|x) prod q(z_t|z_{t-1}), of parts that are known in closed form.
+
+    Subclasses define ``noise``, ``schedule``, :meth:`marginal`, :meth:`posterior`, :meth:`time` and
+    :meth:`conditionals`.
+
+    Args:
+        num_layers: T; None for continuous time.
+        name, plate: as in the chains.
+        event_dim: dims of one datum.
+    """
+
+    def __init__(self, num_layers: int | None, *, name: str, plate: str, event_dim: int) -> None:
+        super().__init__(name)
+        self.num_layers = num_layers
+        self.plate_name = plate
+        self.event_dim = event_dim
+
+    @property
+    def name(self) -> str:
+        return self._pyro_name
+
+    @property
+    def noise(self) -> str:
+        """Kind of noise, which model and guide must share."""
+        raise NotImplementedError
+
+    def time(self, index: Any) -> Any:
+        """Return the times of layers ``index``, each in 1, ..., T."""
+        raise NotImplementedError
+
+    def marginal(self, t: Tensor, x: Tensor) -> TorchDistribution:
+        """Return q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
+        raise NotImplementedError
+
+    def posterior(self, s: Tensor, t: Tensor, z_t: Tensor, x: Tensor) -> TorchDistribution:
+        """Return q(z_s | z_t, x) for s < t."""
+        raise NotImplementedError
+
+    def conditionals(self, x: Tensor) -> Iterator[Callable[[Tensor], TorchDistribution]]:
+        """Yield q(z_1 | x), q(z_2 | z_1), ..., each a function of the value below."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Any = None,
+        mask: Tensor | None = None,
+        data_size: int | None = None,
+        visit: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Draw z_1, ..., z_T given x; or run ``visit`` on this module, inside its call.
+
+        Args:
+            x: data (N, *event_shape).
+            context: not used, since noise does not depend on it.
+            mask: True = observed; missing entries are noised as zeros.
+            data_size: size of the data set of which x is a minibatch.
+
+        Returns:
+            Draws by site, (..., N, *event_shape).
+        """
+        if visit is not None:
+            return visit(self)
+        if self.num_layers is None:
+            raise ValueError(
+                "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
+                "DiffusionELBO, or give num_layers"
+            )
+        size = batch_size(self.name, x, None, mask, None)
+        values: dict[str, Tensor] = {}
+        value = zero_masked(x, mask)
+        total = size if data_size is None else data_size
+        check_data_size(total, size)
+        with pyro.plate(self.plate_name, total, subsample=torch.arange(size, device=x.device), dim=-1):
+            for i, conditional in enumerate(self.conditionals(value), start=1):
+                value = values[f"z{i}"] = pyro.sample(f"z{i}", conditional(value))
+        return values
+
+
+class Diffusion(NoisingProcess):
     r"""The noising process as a guide: q(z_1|x) prod q(z_t|z_{t-1}), without parameters of its own.
 
     Args:
@@ -97,21 +179,22 @@ class Diffusion(PyroModule):
         plate: str = "data",
         event_dim: int = 1,
     ) -> None:
-        super().__init__(name)
+        super().__init__(num_layers, name=name, plate=plate, event_dim=event_dim)
         if num_layers is not None:
             schedule.grid(num_layers)
         self._held = (schedule,)  # a tuple, so that torch does not register it a second time
-        self.num_layers = num_layers
-        self.plate_name = plate
-        self.event_dim = event_dim
+
+    @property
+    def noise(self) -> str:
+        return "Gaussian"
 
     @property
     def schedule(self) -> Schedule:
         return self._held[0]
 
-    @property
-    def name(self) -> str:
-        return self._pyro_name
+    def time(self, index: Any) -> Any:
+        assert self.num_layers is not None
+        return (index - 1) / (self.num_layers - 1) if self.num_layers > 1 else index
 
     def gammas(self, like: Tensor) -> Tensor:
         """Return gamma of layers 1, ..., T, shape (T,), on the device and of the dtype of ``like``."""
@@ -134,50 +217,16 @@ class Diffusion(PyroModule):
         loc = broadcast_level(of_z, z_t, self.event_dim) * z_t + broadcast_level(of_x, x, self.event_dim) * x
         return self._normal(loc, variance.sqrt())
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        context: Any = None,
-        mask: Tensor | None = None,
-        data_size: int | None = None,
-        visit: Callable[[Diffusion], Any] | None = None,
-    ) -> Any:
-        """Draw z_1, ..., z_T given x; or run ``visit`` on this module, inside its call.
+    def conditionals(self, x: Tensor) -> Iterator[Callable[[Tensor], TorchDistribution]]:
+        levels = [Noising(gamma) for gamma in self.gammas(x)]
 
-        Args:
-            x: data (N, *event_shape).
-            context: not used, since noise does not depend on it.
-            mask: True = observed; missing entries are noised as zeros.
-            data_size: size of the data set of which x is a minibatch.
+        def conditional(alpha: Tensor, scale: Tensor) -> Callable[[Tensor], TorchDistribution]:
+            return lambda value: self._normal(alpha * value, scale)
 
-        Returns:
-            Draws by site, (..., N, *event_shape).
-        """
-        if visit is not None:
-            return visit(self)
-        if self.num_layers is None:
-            raise ValueError(
-                "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
-                "DiffusionELBO, or give num_layers"
-            )
-        size = batch_size(self.name, x, None, mask, None)
-        x = zero_masked(x, mask)
-        gammas = self.gammas(x)
-        values: dict[str, Tensor] = {}
-        value = x
-        total = size if data_size is None else data_size
-        check_data_size(total, size)
-        with pyro.plate(self.plate_name, total, subsample=torch.arange(size, device=x.device), dim=-1):
-            for i in range(self.num_layers):
-                level = Noising(gammas[i])
-                if i == 0:
-                    conditional = self._normal(level.alpha * x, level.sigma)
-                else:
-                    alpha, variance = level.step_from(Noising(gammas[i - 1]))
-                    conditional = self._normal(alpha * value, variance.sqrt())
-                value = values[f"z{i + 1}"] = pyro.sample(f"z{i + 1}", conditional)
-        return values
+        yield conditional(levels[0].alpha, levels[0].sigma)
+        for below, level in itertools.pairwise(levels):
+            alpha, variance = level.step_from(below)
+            yield conditional(alpha, variance.sqrt())
 
     def _normal(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
         return dist.Normal(loc, broadcast_level(scale, loc, self.event_dim)).to_event(self.event_dim)

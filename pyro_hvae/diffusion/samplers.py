@@ -168,6 +168,12 @@ def _solve(
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
 
+    if not isinstance(model, DenoisingChain):
+        raise TypeError(
+            f"this sampler needs a DenoisingChain, with Gaussian noise, got {type(model).__name__}; sample a discrete "
+            "chain by model(size=...), ancestral or unmask"
+        )
+
     def run(chain: DenoisingChain) -> Tensor:
         like = chain.reference()
         z = torch.randn(size, *chain.event_shape, dtype=like.dtype, device=like.device)

@@ -6,6 +6,7 @@ For events of shape ``event_shape`` and latents z_1, ..., z_T of widths d_1, ...
 - :func:`hvae`: p(z_T) prod p(z_{t-1} | z_t) p(x | z_1), and bottom-up q(z_1 | x) prod q(z_t | z_{t-1});
 - :func:`ladder_vae`: the same model, and a guide that runs top-down and merges evidence with the model's prior;
 - :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters;
+- :func:`discrete_diffusion`: the same with noise on categories;
 - :func:`table_vae`: a VAE of the rows of a DataFrame with missing entries, one family a column.
 
 All weights start by Xavier's rule and all biases at zero. ``vae`` is ``hvae`` with one layer, parameter for
@@ -23,7 +24,9 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor, nn
 
 from pyro_hvae.chains import BottomUp, Ladder, LadderEvidence, TopDown
+from pyro_hvae.chains.arguments import event_sizes
 from pyro_hvae.diffusion.denoising import DenoisingChain
+from pyro_hvae.diffusion.pairs import discrete_diffusion
 from pyro_hvae.diffusion.process import Diffusion
 from pyro_hvae.diffusion.schedules import LinearSchedule, Schedule
 from pyro_hvae.diffusion.variance import ReverseVariance
@@ -40,7 +43,7 @@ from pyro_hvae.kernels.base import join
 from pyro_hvae.models.tables import table_vae
 from pyro_hvae.nn import MLP, xavier_
 
-__all__ = ["PairOptions", "hvae", "ladder_vae", "table_vae", "vae", "vdm"]
+__all__ = ["PairOptions", "discrete_diffusion", "hvae", "ladder_vae", "table_vae", "vae", "vdm"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -201,7 +204,7 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
     dims = list(dims)
     if not dims or min(dims) < 1:
         raise ValueError(f"latent_dims holds the widths of z_1, ..., z_T, at least one and each >= 1; got {dims}.")
-    event = _event(args["event_shape"])
+    event = event_sizes(args["event_shape"])
     if args["context_dim"] < 0:
         raise ValueError(f"context_dim is the width of the context, 0 for none; got {args['context_dim']}.")
     activation = _choose("activation", args["activation"], ACTIVATIONS)
@@ -278,18 +281,6 @@ class Folded(nn.Module):
         return output.reshape(*output.shape[:-1], *self.after)
 
 
-def _event(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of one datum as a tuple.
-
-    Raises:
-        ValueError: for no size at all, or one below 1.
-    """
-    sizes = (shape,) if isinstance(shape, Integral) else tuple(shape)  # type: ignore[arg-type]
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"event_shape must hold at least one size, all >= 1; got {shape}.")
-    return tuple(int(size) for size in sizes)
-
-
 def _width(shape: int | tuple[int, ...]) -> int:
     return shape if isinstance(shape, int) else math.prod(shape)
 
@@ -355,7 +346,7 @@ def vdm(
         >>> model(size=3).shape
         torch.Size([3, 2])
     """
-    shape = _event(event_shape)
+    shape = event_sizes(event_shape)
     noise = LinearSchedule() if schedule is None else schedule
     model = DenoisingChain(
         denoiser,

@@ -13,6 +13,8 @@ batch: batch normalisation couples the data of a minibatch, so that a bound is n
 
 so that the slowest pair is nearly linear over the range of a schedule and the fastest resolves neighbouring layers.
 
+A denoiser of categories gets :math:`\gamma = \log b - \log a`, a the probability that an entry is still the datum's.
+
 **Initial weights.** ``xavier=True`` draws weights with variance 2 / (fan in + fan out), biases zero, as in
 Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016); their decoder's output bias starts at the
 logit of the training data's mean, which is :func:`logit_of_mean`.
@@ -22,6 +24,7 @@ from pyro_hvae.nn.denoisers import DenoisingMLP, TimeEmbedding, UNet
 from pyro_hvae.nn.images import ConvDecoder, ConvEncoder
 from pyro_hvae.nn.layers import MLP, Flattened, logit_of_mean, xavier_
 from pyro_hvae.nn.tables import TableEncoder
+from pyro_hvae.nn.tokens import TokenMLP, TokenTransformer, TokenUNet
 
 __all__ = [
     "MLP",
@@ -31,6 +34,9 @@ __all__ = [
     "Flattened",
     "TableEncoder",
     "TimeEmbedding",
+    "TokenMLP",
+    "TokenTransformer",
+    "TokenUNet",
     "UNet",
     "logit_of_mean",
     "xavier_",

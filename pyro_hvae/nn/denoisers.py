@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_hvae.nn.layers import flatten_leading
 
-__all__ = ["DenoisingMLP", "TimeEmbedding", "UNet"]
+__all__ = ["Conditioning", "DenoisingMLP", "TimeEmbedding", "UNet"]
 
 
 class TimeEmbedding(nn.Module):
@@ -51,10 +51,11 @@ class DenoisingMLP(nn.Module):
     r"""Denoiser for vectors: residual layers with gamma and a context as inputs.
 
     Args:
-        features: d, width of z and of the output.
+        features: d, width of z, and of the output unless ``out_features`` is set.
         hidden: width of the residual layers, even.
         num_layers: number of them.
         context_features: c, width of the context or number of classes; 0 for none.
+        out_features: width of the output; default ``features``.
 
     Raises:
         ValueError: at the call, for a context where ``context_features=0``.
@@ -64,15 +65,22 @@ class DenoisingMLP(nn.Module):
         torch.Size([5, 7, 2])
     """
 
-    def __init__(self, features: int, hidden: int = 128, num_layers: int = 3, context_features: int = 0) -> None:
+    def __init__(
+        self,
+        features: int,
+        hidden: int = 128,
+        num_layers: int = 3,
+        context_features: int = 0,
+        out_features: int | None = None,
+    ) -> None:
         super().__init__()
-        self.conditioning = _Conditioning(hidden, context_features)
+        self.conditioning = Conditioning(hidden, context_features)
         self.input = nn.Linear(features, hidden)
         self.layers = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             for _ in range(num_layers)
         )
-        self.output = nn.Linear(hidden, features)
+        self.output = nn.Linear(hidden, out_features or features)
 
     def forward(self, z: Tensor, gamma: Tensor, context: Tensor | None = None) -> Tensor:
         """Map (..., d), (...), and (..., c) or integer labels (...), to (..., d)."""
@@ -121,7 +129,7 @@ class UNet(nn.Module):
             raise ValueError(f"every number of channels must be >= 1, got {in_channels} and {tuple(channels)}.")
         self.in_channels = in_channels
         width = max(8, 2 * channels[0])
-        self.conditioning = _Conditioning(width, context_features)
+        self.conditioning = Conditioning(width, context_features)
         self.input = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down = nn.ModuleList(_ResidualBlock(count, count, width) for count in channels)
         self.halve = nn.ModuleList(
@@ -157,7 +165,7 @@ class UNet(nn.Module):
         return image.reshape(lead + image.shape[1:])
 
 
-class _Conditioning(nn.Module):
+class Conditioning(nn.Module):
     """Embed gamma and the context, and add the two; leading dims broadcast."""
 
     def __init__(self, features: int, context_features: int) -> None:
