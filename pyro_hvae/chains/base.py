@@ -14,11 +14,17 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_hvae.chains.arguments import check_data_size
-from pyro_hvae.chains.weights import drop_shared, fill_shared
+from pyro_hvae.chains.weights import drop_shared, fill_shared, has_global
 
-__all__ = ["Chain", "Step"]
+__all__ = ["Chain", "Node", "Step"]
 
 Step = tuple[str, Callable[..., TorchDistribution], "dict[str, Any] | None"]
+
+Node = tuple[str, str, tuple[str, ...], Callable[..., Any]]
+"""A site that particles step through: its kind, its name, the values that it depends on, and a function of these.
+
+The function of a ``"draw"`` returns a distribution, of a ``"factor"`` a log-density, of a ``"value"`` a tensor.
+"""
 
 
 class Chain(PyroModule):
@@ -105,6 +111,14 @@ class Chain(PyroModule):
                 "kernels.Flow."
             )
         return result
+
+    def refuse_global(self) -> None:
+        """Refuse kernels with Bayesian weights, where sites are listed one by one for each datum."""
+        if has_global(self):
+            raise ValueError(
+                f"{self.name!r} has Bayesian weights (PyroSample), which all data share, so its draws can't be "
+                "resampled for each datum. Use IWELBO or TraceELBO."
+            )
 
     def _misfit(self, site: str, kernel: Any, parent: Any, context: Any, error: Exception) -> str | None:
         said = str(error)

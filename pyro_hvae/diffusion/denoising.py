@@ -228,7 +228,7 @@ class DenoisingChain(TopDown):
     def forward(
         self,
         *args: Any,
-        visit: Callable[[DenoisingChain], Any] | None = None,
+        visit: Callable[[Any], Any] | None = None,
         data_size: int | None = None,  # by name, so that fit sees that minibatches can be scaled
         **kwargs: Any,
     ) -> Any:

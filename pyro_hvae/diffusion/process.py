@@ -27,6 +27,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_hvae.chains.arguments import batch_size, check_data_size
+from pyro_hvae.chains.base import Node
 from pyro_hvae.chains.missing import zero_masked
 from pyro_hvae.diffusion.schedules import Schedule
 
@@ -170,14 +171,41 @@ class Diffusion(PyroModule):
         check_data_size(total, size)
         with pyro.plate(self.plate_name, total, subsample=torch.arange(size, device=x.device), dim=-1):
             for i in range(self.num_layers):
-                level = Noising(gammas[i])
-                if i == 0:
-                    conditional = self._normal(level.alpha * x, level.sigma)
-                else:
-                    alpha, variance = level.step_from(Noising(gammas[i - 1]))
-                    conditional = self._normal(alpha * value, variance.sqrt())
-                value = values[f"z{i + 1}"] = pyro.sample(f"z{i + 1}", conditional)
+                value = values[f"z{i + 1}"] = pyro.sample(f"z{i + 1}", self._noised(gammas, i, value))
         return values
+
+    def stepwise(
+        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
+    ) -> list[Node]:
+        """List the draws q(z_1 | x), q(z_2 | z_1), ..., for particles (:class:`pyro_hvae.SMCBound`).
+
+        Args: those of the program.
+
+        Returns:
+            ``("draw", site, draws that it depends on, distribution as a function of these)`` for each site.
+        """
+        if self.num_layers is None:
+            raise ValueError(
+                "a diffusion in continuous time has infinitely many sites to step through: train it with "
+                "DiffusionELBO, or give num_layers"
+            )
+        batch_size(self.name, x, None, mask, None)
+        first = zero_masked(x, mask)
+        gammas = self.gammas(first)
+
+        def node(i: int) -> Node:
+            parents = (f"z{i}",) if i else ()
+            return "draw", f"z{i + 1}", parents, lambda *values: self._noised(gammas, i, values[0] if i else first)
+
+        return [node(i) for i in range(self.num_layers)]
+
+    def _noised(self, gammas: Tensor, i: int, below: Tensor) -> TorchDistribution:
+        """Return q(z_{i+1} | z_i), where z_0 is x."""
+        level = Noising(gammas[i])
+        if i == 0:
+            return self._normal(level.alpha * below, level.sigma)
+        alpha, variance = level.step_from(Noising(gammas[i - 1]))
+        return self._normal(alpha * below, variance.sqrt())
 
     def _normal(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
         return dist.Normal(loc, broadcast_level(scale, loc, self.event_dim)).to_event(self.event_dim)
