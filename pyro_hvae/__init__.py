@@ -4,10 +4,11 @@ All three are a generative chain and an inference chain that run in opposite dir
 diagnostics work on any pair of Pyro programs.
 
 Programs
-    Chains :class:`TopDown`, :class:`BottomUp`, :class:`Ladder`, :class:`Reversed`; :class:`Diffusion` with
-    :class:`DenoisingChain`; their kernels (:class:`Gaussian`, :class:`Bernoulli`, ...); ready-made pairs
-    (:func:`vae`, :func:`hvae`, :func:`ladder_vae`, :func:`vdm`); :func:`encode`, :func:`decode`, :func:`reconstruct`,
-    :func:`impute`.  More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
+    Chains :class:`TopDown`, :class:`BottomUp`, :class:`Ladder`, :class:`Reversed`; in time :class:`StateSpace`,
+    :class:`Filter`, :class:`Smoother`; :class:`Diffusion` with :class:`DenoisingChain`; their kernels
+    (:class:`Gaussian`, :class:`Bernoulli`, ...); ready-made pairs (:func:`vae`, :func:`hvae`, :func:`ladder_vae`,
+    :func:`vdm`, :func:`deep_markov`); :func:`encode`, :func:`decode`, :func:`reconstruct`, :func:`impute`,
+    :func:`forecast`.  More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
     :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
 
 Bounds
@@ -42,7 +43,20 @@ from pyro_hvae.bounds import (
     WakePhase,
     explain,
 )
-from pyro_hvae.chains import BottomUp, Ladder, Reversed, TopDown, decode, encode, impute, reconstruct
+from pyro_hvae.chains import (
+    BottomUp,
+    Filter,
+    Ladder,
+    Reversed,
+    Smoother,
+    StateSpace,
+    TopDown,
+    decode,
+    encode,
+    forecast,
+    impute,
+    reconstruct,
+)
 from pyro_hvae.diagnostics import diagnose, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
@@ -60,7 +74,7 @@ from pyro_hvae.kernels import (
     Transition,
     WithoutContext,
 )
-from pyro_hvae.models import hvae, ladder_vae, vae, vdm
+from pyro_hvae.models import deep_markov, hvae, ladder_vae, vae, vdm
 from pyro_hvae.problem import Problem
 from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
@@ -72,6 +86,7 @@ __all__ = [
     "DenoisingChain",
     "Diffusion",
     "DiscretizedLogistic",
+    "Filter",
     "Flow",
     "Gaussian",
     "Ladder",
@@ -79,13 +94,17 @@ __all__ = [
     "NegativeBinomial",
     "Poisson",
     "Reversed",
+    "Smoother",
     "StandardNormal",
+    "StateSpace",
     "TopDown",
     "Transition",
     "WithoutContext",
     "__version__",
     "decode",
+    "deep_markov",
     "encode",
+    "forecast",
     "hvae",
     "impute",
     "ladder_vae",

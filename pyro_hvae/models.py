@@ -5,7 +5,8 @@ For events of shape ``event_shape`` and latents z_1, ..., z_T of widths d_1, ...
 - :func:`vae`: p(z_1) p(x | z_1) and q(z_1 | x);
 - :func:`hvae`: p(z_T) prod p(z_{t-1} | z_t) p(x | z_1), and bottom-up q(z_1 | x) prod q(z_t | z_{t-1});
 - :func:`ladder_vae`: the same model, and a guide that runs top-down and merges evidence with the model's prior;
-- :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters.
+- :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters;
+- :func:`deep_markov`, :func:`variational_rnn`: chains in time.
 
 All weights start by Xavier's rule and all biases at zero. ``vae`` is ``hvae`` with one layer, parameter for
 parameter. Every pair records on its programs how it was made, as plain
@@ -22,6 +23,7 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor, nn
 
 from pyro_hvae.chains import BottomUp, Ladder, LadderEvidence, TopDown
+from pyro_hvae.chains.sequence_models import deep_markov, variational_rnn
 from pyro_hvae.diffusion.denoising import DenoisingChain
 from pyro_hvae.diffusion.process import Diffusion
 from pyro_hvae.diffusion.schedules import LinearSchedule, Schedule
@@ -38,7 +40,7 @@ from pyro_hvae.kernels import (
 from pyro_hvae.kernels.base import join
 from pyro_hvae.nn import MLP, xavier_
 
-__all__ = ["PairOptions", "hvae", "ladder_vae", "vae", "vdm"]
+__all__ = ["PairOptions", "deep_markov", "hvae", "ladder_vae", "vae", "variational_rnn", "vdm"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,

@@ -24,6 +24,7 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_hvae.chains.base import Chain
 from pyro_hvae.chains.directions import BottomUp, TopDown
 from pyro_hvae.chains.ladder import Ladder
 
@@ -183,7 +184,7 @@ def impute(
 
 
 @contextmanager
-def _evaluated(chain: TopDown | BottomUp | Ladder) -> Iterator[None]:
+def _evaluated(chain: Chain) -> Iterator[None]:
     """Run a chain in evaluation mode; modules that were in training mode return to it."""
     held = chain.model.modules() if isinstance(chain, Ladder) else ()
     changed = [module for module in {*chain.modules(), *held} if module.training]

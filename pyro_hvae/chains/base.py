@@ -112,13 +112,11 @@ class Chain(PyroModule):
             )
         return result
 
-    def refuse_global(self) -> None:
+    def refuse_global(self, why: str | None = None) -> None:
         """Refuse kernels with Bayesian weights, where sites are listed one by one for each datum."""
         if has_global(self):
-            raise ValueError(
-                f"{self.name!r} has Bayesian weights (PyroSample), which all data share, so its draws can't be "
-                "resampled for each datum. Use IWELBO or TraceELBO."
-            )
+            default = "shares them among all data, so its draws can't be resampled for each. Use IWELBO or TraceELBO."
+            raise ValueError(f"{self.name!r} has Bayesian weights (PyroSample), and {why or default}")
 
     def _misfit(self, site: str, kernel: Any, parent: Any, context: Any, error: Exception) -> str | None:
         said = str(error)
