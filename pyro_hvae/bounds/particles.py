@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_hvae.bounds.resampling import ancestors_of, gather
-from pyro_hvae.bounds.stepwise import Node, Stage
+from pyro_hvae.bounds.stepwise import Move, Node, Stage
 from pyro_hvae.weights import log_mean_exp
 
 __all__ = ["Filtered", "Resampling", "run_particles"]
@@ -92,7 +92,7 @@ class Filtered:
 
 
 def run_particles(
-    stages: Sequence[Stage],
+    stages: Sequence[Stage | Move],
     shape: tuple[int, ...],
     resampling: Resampling,
     *,
@@ -103,7 +103,7 @@ def run_particles(
     """Run K particles through the stages of a pair.
 
     Args:
-        stages: in the order of the guide.
+        stages: in the order of the guide; or the parts of programs that keep a state (:func:`segments_of`).
         shape: (K, *plates).
         twist: log psi of the stage (counted from 0) and its draw, broadcasting to ``shape``; not called at the last.
         retained: a path, values by site (*plates, *event), which particle 0 follows instead of its own draws
@@ -115,7 +115,8 @@ def run_particles(
     """
     last = len(stages) - 1
     if retained is not None:
-        lacking = [stage.draw[1] for stage in stages if stage.draw[1] not in retained]
+        names = [stage.draw[1] for stage in stages if isinstance(stage, Stage)]
+        lacking = [name for name in names if name not in retained]
         if lacking:
             raise ValueError(f"samples lack {lacking[:5]}, which the guide draws; they have {sorted(retained)[:5]}")
     values: dict[str, Tensor] = {}
@@ -127,28 +128,25 @@ def run_particles(
     ess, resampled = [], []
     identity: Tensor | None = None
     for index, stage in enumerate(stages):
-        for node in stage.before:
-            values[node[1]] = _value(node, values)
         start = done if log_weights is None else done + log_mean_exp(log_weights)
-        value, log_q, score = _draw(stage.draw, values, shape, None if retained is None else retained[stage.draw[1]])
-        values[stage.draw[1]] = value
-        increment = -log_q
-        for node in stage.after:
-            if node[0] == "value":
-                values[node[1]] = _value(node, values)
-            else:
-                increment = increment + _value(node, values)
-        if twist is not None:
-            following = twist(index, value) if index < last else 0.0
-            increment, log_psi = increment + (following - log_psi), following
+        if isinstance(stage, Stage):
+            increment, score = _advance(stage, values, shape, retained)
+            value = values[stage.draw[1]]
+            if twist is not None:
+                following = twist(index, value) if index < last else 0.0
+                increment, log_psi = increment + (following - log_psi), following
+            if keep:
+                filtered.draws[stage.draw[1]] = value
+            for name in stage.dropped:
+                values.pop(name, None)
+        else:
+            increment, score = stage(values, shape)
+            if not isinstance(increment, Tensor):
+                increment = torch.zeros(())
         log_weights = increment if log_weights is None else log_weights + increment
         log_weights = log_weights.expand(shape)
         if score is not None and resampling.score:
             filtered._scores.append((score, _detached(start)))
-        if keep:
-            filtered.draws[stage.draw[1]] = value
-        for name in stage.dropped:
-            values.pop(name, None)
         effective = _effective(log_weights)
         ess.append(effective)
         if index == last or resampling.scheme == "none":
@@ -180,6 +178,23 @@ def run_particles(
     filtered.log_weights = log_weights
     filtered.ess, filtered.resampled = torch.stack(ess), torch.stack(resampled)
     return filtered
+
+
+def _advance(
+    stage: Stage, values: dict[str, Tensor], shape: tuple[int, ...], retained: Mapping[str, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Draw a stage's site and compute what follows from it; return the weights' increment and the draw's score."""
+    for node in stage.before:
+        values[node[1]] = _value(node, values)
+    name = stage.draw[1]
+    values[name], log_q, score = _draw(stage.draw, values, shape, None if retained is None else retained[name])
+    increment = -log_q
+    for node in stage.after:
+        if node[0] == "value":
+            values[node[1]] = _value(node, values)
+        else:
+            increment = increment + _value(node, values)
+    return increment, score
 
 
 def _value(node: Node, values: Mapping[str, Tensor]) -> Any:

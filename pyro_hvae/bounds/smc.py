@@ -8,7 +8,7 @@ length: their variance grows exponentially, that of resampled ones linearly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluation, Treatment
 from pyro_hvae.bounds.particles import Filtered, Resampling, run_particles
 from pyro_hvae.bounds.resampling import RESAMPLING
-from pyro_hvae.bounds.stepwise import check_stepwise, stages_of
+from pyro_hvae.bounds.stepwise import check_stepwise, segments_of, stages_of
 from pyro_hvae.problem import Problem, Structure
 from pyro_hvae.problem.checks import check_observations
 from pyro_hvae.problem.isolation import RUNNING, evaluating, evaluation_mode, kept_buffers, noted_parameters
@@ -45,7 +45,8 @@ class SMCBound(Bound):
 
     Each datum of a minibatch has its own ancestors.  Without resampling it is :class:`IWELBO` of the same draws.
     The pair lists its sites by a method ``stepwise`` (:mod:`pyro_hvae.bounds.stepwise`), as the chains of this package
-    do; particles step in the order of the guide.
+    do; particles step in the order of the guide.  Programs written for :class:`pyro.infer.SMCFilter` step after
+    :func:`pyro_hvae.chains.unroll`.
 
     The gradient ``"ignore"`` differentiates log Zhat through the draws with the ancestors held.  It is biased, since
     the probabilities of the ancestors depend on the parameters too; its variance is the smaller one.  ``"score"`` adds
@@ -255,6 +256,7 @@ def filtered_run(
     """Run particles along the draws of a problem whose programs list their sites; see :func:`run_particles`."""
     args, kwargs = problem.args, problem.kwargs
     shape = (num_particles, *(plate.size for plate in problem.structure.common))
+    segmented = not hasattr(problem.model, "stepwise")
     results: list[Filtered] = []
     inner: list[Trace] = []
     # Pyro's handlers take the keyword context for themselves
@@ -263,7 +265,16 @@ def filtered_run(
 
     def inside_guide(q: Any) -> None:
         def inside_model(p: Any) -> None:
-            stages = stages_of(q.stepwise(*args, **kwargs), p.stepwise(*args, **kwargs))
+            stages: Sequence[Any]
+            if segmented:
+                if twist is not None or retained is not None or keep:
+                    raise ValueError(
+                        "programs with init and step have no list of draws, which twist=, filter() and "
+                        "from_posterior() need: give them a method stepwise (pyro_hvae.bounds.stepwise)"
+                    )
+                stages = segments_of(q.segments(*args, **kwargs), p.segments(*args, **kwargs))
+            else:
+                stages = stages_of(q.stepwise(*args, **kwargs), p.stepwise(*args, **kwargs))
             results.append(run_particles(stages, shape, resampling, twist=twist, retained=retained, keep=keep))
 
         inner.append(poutine.trace(model).get_trace(*args, visit=inside_model, **visiting))
@@ -309,6 +320,9 @@ def _refusals(structure: Structure, name: str) -> list[str]:
             f"site(s) {summed} are summed out, and {name} needs a draw of each latent: use IWELBO, whose weights are "
             "exact sums over them, or draw them in the guide"
         ]
+    scaled = [site for site, info in structure.sites.items() if info.user_scaled]
+    if scaled:
+        return [f"site(s) {scaled} carry a poutine.scale, which {name} does not apply: use IWELBO, or leave it out"]
     outside = [site for site in structure.drawn if structure.sites[site].plates != structure.common]
     if outside:
         return [

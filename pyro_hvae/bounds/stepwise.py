@@ -23,9 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
-__all__ = ["Node", "Stage", "Stepwise", "check_stepwise", "stages_of"]
+import pyro.poutine as poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_hvae.problem.execute import Particles
+from pyro_hvae.problem.structure import sample_sites
+
+__all__ = ["Node", "Segmented", "Stage", "Stepwise", "check_stepwise", "segments_of", "stages_of"]
 
 Node = tuple[str, str, tuple[str, ...], Callable[..., Any]]
 """A site: its kind, its name, the names of the values that it depends on, and a function of these values.
@@ -48,6 +56,16 @@ class Stepwise(Protocol):
     def stepwise(self, *args: Any, **kwargs: Any) -> Sequence[Node]: ...
 
 
+class Segmented(Protocol):
+    """A program whose parts are run one after the other, each a function of a state of tensors (K, *plates, *event).
+
+    The model's parts write the state, which is resampled with the particles; the guide's parts read it.
+    """
+
+    def __call__(self, *args: Any, visit: Callable[[Any], Any], **kwargs: Any) -> Any: ...
+    def segments(self, *args: Any, **kwargs: Any) -> Sequence[Callable[[Any], Any]]: ...
+
+
 @dataclass
 class Stage:
     """One draw of the guide with what is computed before and after it, and the values that are then dropped."""
@@ -65,7 +83,7 @@ def check_stepwise(model: Any, guide: Any) -> None:
         TypeError: naming the program, and the bounds that read any pair.
     """
     for which, program in (("model", model), ("guide", guide)):
-        if not callable(getattr(program, "stepwise", None)):
+        if not any(callable(getattr(program, method, None)) for method in ("stepwise", "segments")):
             name = getattr(program, "__name__", None) or type(program).__name__
             raise TypeError(
                 f"SMCBound runs a pair site by site, and the {which} {name} has no method stepwise: use the chains of "
@@ -141,3 +159,44 @@ def _require(which: str, node: Node, at: dict[str, int]) -> None:
             f"node '{node[1]}' of the {which} depends on {missing}, which no earlier node of the guide gives (there "
             f"are {sorted(at)[:10]})"
         )
+
+
+Move = Callable[[dict[str, Tensor], tuple[int, ...]], tuple[Any, Any]]
+
+
+def segments_of(guide: Sequence[Callable[[Any], Any]], model: Sequence[Callable[[Any], Any]]) -> list[Move]:
+    """Pair the parts of two programs.
+
+    Returns:
+        Functions of the state, which they change, and of (K, *plates).  They return log p - log q of the part's sites,
+        and the sum of log q over draws that can't be reparameterised, None if there are none.
+    """
+    if len(guide) != len(model):
+        raise ValueError(f"the guide has {len(guide)} parts and the model {len(model)}: both need the same steps")
+    return [_move(*parts) for parts in zip(guide, model, strict=True)]
+
+
+def _move(guide: Callable[[Any], Any], model: Callable[[Any], Any]) -> Move:
+    def move(state: dict[str, Tensor], shape: tuple[int, ...]) -> tuple[Any, Any]:
+        with poutine.block(hide_fn=lambda site: site["type"] == "sample"), Particles(shape[0], -len(shape)):
+            drawn = poutine.trace(guide).get_trace(MappingProxyType(state))
+            scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(state)
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() < len(shape) or value.shape[0] != shape[0]:
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"state {name!r} is {given}, and {shape[0]} particles are resampled along its first dim: keep what "
+                    "all particles share outside of the state"
+                )
+        increment: Any = 0.0
+        score: Any = None
+        for trace, sign in ((scored, 1), (drawn, -1)):
+            for site in sample_sites(trace):
+                term = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
+                increment = increment + sign * term
+                if sign < 0 and not site["fn"].has_rsample:
+                    own = term.expand(shape).sum(0)
+                    score = own if score is None else score + own
+        return increment, score
+
+    return move

@@ -50,6 +50,7 @@ from pyro_hvae.chains.ladder import Ladder, LadderEvidence
 from pyro_hvae.chains.reversal import Reversed
 from pyro_hvae.chains.sequence_guides import Filter, Smoother
 from pyro_hvae.chains.sequences import StateSpace
+from pyro_hvae.chains.unrolled import unroll
 
 __all__ = [
     "BottomUp",
@@ -67,4 +68,5 @@ __all__ = [
     "impute",
     "reconstruct",
     "simulate",
+    "unroll",
 ]
