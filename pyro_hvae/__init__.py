@@ -4,11 +4,13 @@ All three are a generative chain and an inference chain that run in opposite dir
 diagnostics work on any pair of Pyro programs.
 
 Programs
-    Chains :class:`TopDown`, :class:`BottomUp`, :class:`Ladder`, :class:`Reversed`; :class:`Diffusion` with
-    :class:`DenoisingChain`, and :class:`DiscreteDiffusion` with :class:`DiscreteDenoisingChain`; their kernels
-    (:class:`Gaussian`, :class:`Bernoulli`, ...); ready-made pairs (:func:`vae`, :func:`hvae`, :func:`ladder_vae`,
-    :func:`vdm`, :func:`discrete_diffusion`); :func:`encode`, :func:`decode`, :func:`reconstruct`, :func:`impute`.
-    More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
+    Chains :class:`TopDown`, :class:`BottomUp`, :class:`Ladder`, :class:`Reversed`; in time :class:`StateSpace`,
+    :class:`Filter`, :class:`Smoother`; :class:`Diffusion` with :class:`DenoisingChain`, and
+    :class:`DiscreteDiffusion` with :class:`DiscreteDenoisingChain`; their kernels (:class:`Gaussian`,
+    :class:`Bernoulli`, ...); ready-made pairs (:func:`vae`, :func:`hvae`, :func:`ladder_vae`, :func:`vdm`,
+    :func:`discrete_diffusion`, :func:`deep_markov`, :func:`table_vae`); :func:`encode`, :func:`decode`,
+    :func:`reconstruct`, :func:`impute`, :func:`forecast`.  More in :mod:`pyro_hvae.kernels`,
+    :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
     :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
 
 Bounds
@@ -36,13 +38,27 @@ from pyro_hvae.bounds import (
     Regularised,
     ReweightedWakeSleep,
     SleepPhase,
+    SMCBound,
     ThermodynamicBound,
     TraceELBO,
     VRBound,
     WakePhase,
     explain,
 )
-from pyro_hvae.chains import BottomUp, Ladder, Reversed, TopDown, decode, encode, impute, reconstruct
+from pyro_hvae.chains import (
+    BottomUp,
+    Filter,
+    Ladder,
+    Reversed,
+    Smoother,
+    StateSpace,
+    TopDown,
+    decode,
+    encode,
+    forecast,
+    impute,
+    reconstruct,
+)
 from pyro_hvae.diagnostics import diagnose, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion, DiscreteDenoisingChain, DiscreteDiffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
@@ -67,7 +83,7 @@ from pyro_hvae.kernels import (
     WithoutContext,
     ZeroInflated,
 )
-from pyro_hvae.models import discrete_diffusion, hvae, ladder_vae, table_vae, vae, vdm
+from pyro_hvae.models import deep_markov, discrete_diffusion, hvae, ladder_vae, table_vae, vae, vdm
 from pyro_hvae.problem import Problem, predict
 from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
@@ -83,6 +99,7 @@ __all__ = [
     "DiscreteDenoisingChain",
     "DiscreteDiffusion",
     "DiscretizedLogistic",
+    "Filter",
     "Flow",
     "Gamma",
     "Gaussian",
@@ -93,7 +110,9 @@ __all__ = [
     "Ordinal",
     "Poisson",
     "Reversed",
+    "Smoother",
     "StandardNormal",
+    "StateSpace",
     "StudentT",
     "TopDown",
     "Transition",
@@ -101,8 +120,10 @@ __all__ = [
     "ZeroInflated",
     "__version__",
     "decode",
+    "deep_markov",
     "discrete_diffusion",
     "encode",
+    "forecast",
     "hvae",
     "impute",
     "ladder_vae",
@@ -121,6 +142,7 @@ __all__ += [
     "LayerwiseELBO",
     "Regularised",
     "ReweightedWakeSleep",
+    "SMCBound",
     "SleepPhase",
     "ThermodynamicBound",
     "TraceELBO",

@@ -9,6 +9,7 @@ from pyro_hvae.bounds.elbo import LayerwiseELBO, TraceELBO
 from pyro_hvae.bounds.explain import Explanation, explain
 from pyro_hvae.bounds.importance import IWELBO, MultiSampleBound, ThermodynamicBound, VRBound, log_spacing
 from pyro_hvae.bounds.regularised import Regularised, warm_up
+from pyro_hvae.bounds.smc import SMCBound
 from pyro_hvae.bounds.upper import CUBO, EUBO
 from pyro_hvae.bounds.wake import ReweightedWakeSleep, SleepPhase, WakePhase
 from pyro_hvae.bounds.weighted import WeightBound
@@ -27,6 +28,7 @@ __all__ = [
     "Objective",
     "Regularised",
     "ReweightedWakeSleep",
+    "SMCBound",
     "SimpleDiffusionLoss",
     "SleepPhase",
     "ThermodynamicBound",

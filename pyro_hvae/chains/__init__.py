@@ -11,8 +11,9 @@ and its approximate posterior (seed eq. 16, 17) is :class:`BottomUp`,
 .. math::
     q_\phi(z_1, \dots, z_T \mid x) = q_\phi(z_1 \mid x) \prod_{t=2}^T q_\phi(z_t \mid z_{t-1}).
 
-A VAE is the case T = 1. A posterior that runs top-down is :class:`Ladder`. Calling a chain
-runs a Pyro program: one ``pyro.sample`` a kernel, named as the keyword that gave it, all inside one plate at
+A VAE is the case T = 1. A posterior that runs top-down is :class:`Ladder`; a chain in time is
+:class:`StateSpace`. Calling a chain runs a Pyro program: one ``pyro.sample`` a kernel, named as the keyword that gave
+it, all inside one plate at
 ``dim=-1`` over the data, so ``poutine.condition``, ``Predictive``, ``NUTS`` and every estimator of Pyro apply.
 
 **Context.** ``context`` is passed to every kernel as its second argument; kernels are called with the parent
@@ -44,18 +45,28 @@ densities per datum depend on the rest of the minibatch.
 from pyro_hvae.chains.autoencode import decode, encode, impute, reconstruct
 from pyro_hvae.chains.base import Chain
 from pyro_hvae.chains.directions import BottomUp, TopDown
+from pyro_hvae.chains.forecast import forecast, simulate
 from pyro_hvae.chains.ladder import Ladder, LadderEvidence
 from pyro_hvae.chains.reversal import Reversed
+from pyro_hvae.chains.sequence_guides import Filter, Smoother
+from pyro_hvae.chains.sequences import StateSpace
+from pyro_hvae.chains.unrolled import unroll
 
 __all__ = [
     "BottomUp",
     "Chain",
+    "Filter",
     "Ladder",
     "LadderEvidence",
     "Reversed",
+    "Smoother",
+    "StateSpace",
     "TopDown",
     "decode",
     "encode",
+    "forecast",
     "impute",
     "reconstruct",
+    "simulate",
+    "unroll",
 ]

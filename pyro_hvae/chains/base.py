@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 from pyro_hvae.chains.arguments import check_data_size
 from pyro_hvae.chains.frames import TableData, read_table
-from pyro_hvae.chains.weights import drop_shared, fill_shared
+from pyro_hvae.chains.weights import drop_shared, fill_shared, has_global
 from pyro_hvae.tables import Schema
 
-__all__ = ["Chain", "Step"]
+__all__ = ["Chain", "Node", "Step"]
 
 Step = tuple[str, Callable[..., TorchDistribution], "dict[str, Any] | None"]
+
+Node = tuple[str, str, tuple[str, ...], Callable[..., Any]]
+"""A site that particles step through: its kind, its name, the values that it depends on, and a function of these.
+
+The function of a ``"draw"`` returns a distribution, of a ``"factor"`` a log-density, of a ``"value"`` a tensor.
+"""
 
 
 class Chain(PyroModule):
@@ -124,6 +130,12 @@ class Chain(PyroModule):
                 "kernels.Flow."
             )
         return result
+
+    def refuse_global(self, why: str | None = None) -> None:
+        """Refuse kernels with Bayesian weights, where sites are listed one by one for each datum."""
+        if has_global(self):
+            default = "shares them among all data, so its draws can't be resampled for each. Use IWELBO or TraceELBO."
+            raise ValueError(f"{self.name!r} has Bayesian weights (PyroSample), and {why or default}")
 
     def _misfit(self, site: str, kernel: Any, parent: Any, context: Any, error: Exception) -> str | None:
         said = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -9,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_hvae.chains.arguments import batch_size
-from pyro_hvae.chains.base import Chain
+from pyro_hvae.chains.base import Chain, Node
 from pyro_hvae.chains.missing import drop_masked, zero_masked
 from pyro_hvae.chains.weights import draw_global
 
@@ -64,7 +65,8 @@ class TopDown(Chain):
         mask: Tensor | None = None,
         size: int | None = None,
         data_size: int | None = None,
-    ) -> Tensor:
+        visit: Callable[[TopDown], Any] | None = None,
+    ) -> Any:
         """Run the program: ancestral sampling, or conditioning on x if it is not ``None``.
 
         Args:
@@ -73,10 +75,13 @@ class TopDown(Chain):
             mask: True = observed, of the shape of x or (N,).
             size: N, where x, mask and context are all ``None``.
             data_size: size of the data set of which x is a minibatch.
+            visit: run this function of the chain instead, inside of the module's call, where parameters register.
 
         Returns:
             The observation (N, *event_shape), sampled, or x with masked entries filled.
         """
+        if visit is not None:
+            return visit(self)
         size = batch_size(self.name, x, context, mask, size)
         like = x if x is not None else context if isinstance(context, Tensor) else mask
         draw_global(self)
@@ -95,6 +100,57 @@ class TopDown(Chain):
                 if not observed:
                     self._check_value(site, distribution, value)
         return value
+
+    def stepwise(
+        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
+    ) -> list[Node]:
+        """List the factors p(z_T), p(z_{t-1} | z_t), ..., p(x | z_1), for particles (:class:`pyro_hvae.SMCBound`).
+
+        Args: those of the program.
+
+        Returns:
+            ``("factor", site, draws that it depends on, log-density as a function of these)`` for each site.
+
+        Raises:
+            ValueError: without data, or for kernels with Bayesian weights, which belong to no datum.
+        """
+        size = batch_size(self.name, x, context, mask, None)
+        self.refuse_global()
+        nodes: list[Node] = []
+        parents: tuple[str, ...] = ()
+        observation = self.observation
+        for site, kernel, _ in self.steps():
+            if site == observation:
+                nodes.append(("factor", site, parents, self._likelihood_of(kernel, x, context, mask, size)))
+            else:
+                nodes.append(("factor", site, (*parents, site), self._density_of(site, kernel, context)))
+            parents = (site,)
+        return nodes
+
+    def _density_of(self, site: str, kernel: Callable[..., TorchDistribution], context: Any) -> Callable[..., Tensor]:
+        def log_density(*values: Tensor) -> Tensor:
+            parent, value = (None, *values)[-2:]
+            distribution = self.distribution(site, kernel, parent, context)
+            self._check_value(site, distribution, value)  # type: ignore[arg-type]
+            return distribution.log_prob(value)
+
+        return log_density
+
+    def _likelihood_of(
+        self, kernel: Callable[..., TorchDistribution], x: Tensor, context: Any, mask: Tensor | None, size: int
+    ) -> Callable[..., Tensor]:
+        if x is None:
+            raise ValueError(f"{self.name!r} lists the factors of a posterior, which needs data: pass x.")
+
+        def log_likelihood(*values: Tensor) -> Tensor:
+            site = self.observation
+            distribution, data = self.distribution(site, kernel, values[0] if values else None, context), x
+            self._check_data(site, distribution, data, size)
+            if mask is not None:
+                distribution, data = drop_masked(site, distribution, mask, x, size)  # type: ignore[assignment]
+            return distribution.log_prob(data)
+
+        return log_likelihood
 
     def _check_data(self, site: str, distribution: TorchDistribution, x: Tensor, size: int) -> None:
         if distribution.event_shape != x.shape[1:]:
@@ -140,8 +196,14 @@ class BottomUp(Chain):
         super().__init__(name, plate, kernels)
 
     def forward(
-        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
-    ) -> dict[str, Tensor]:
+        self,
+        x: Tensor,
+        context: Any = None,
+        *,
+        mask: Tensor | None = None,
+        data_size: int | None = None,
+        visit: Callable[[BottomUp], Any] | None = None,
+    ) -> Any:
         """Draw the latents given x.
 
         Args:
@@ -149,10 +211,13 @@ class BottomUp(Chain):
             context: covariates (N, c), passed to every kernel.
             mask: True = observed, of the shape of x or (N,); the first kernel sees 0 elsewhere (its ``masked_value``).
             data_size: size of the data set of which x is a minibatch.
+            visit: run this function of the chain instead, inside of the module's call, where parameters register.
 
         Returns:
             Draws by site, (..., N, *latent_shape).
         """
+        if visit is not None:
+            return visit(self)
         size = batch_size(self.name, x, context, mask, None)
         draw_global(self)
         values: dict[str, Tensor] = {}
@@ -162,6 +227,31 @@ class BottomUp(Chain):
                 distribution = self.distribution(site, kernel, value, context)
                 value = values[site] = pyro.sample(site, distribution, infer=infer)
         return values
+
+    def stepwise(
+        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
+    ) -> list[Node]:
+        """List the draws q(z_1 | x), q(z_2 | z_1), ..., for particles (:class:`pyro_hvae.SMCBound`).
+
+        Args: those of the program.
+
+        Returns:
+            ``("draw", site, draws that it depends on, distribution as a function of these)`` for each site.
+        """
+        batch_size(self.name, x, context, mask, None)
+        self.refuse_global()
+        first = zero_masked(x, mask, self._modules[self._steps[0][1]])
+        nodes: list[Node] = []
+        parents: tuple[str, ...] = ()
+        for site, kernel, _ in self.steps():
+            nodes.append(("draw", site, parents, self._distribution_of(site, kernel, first, context)))
+            parents = (site,)
+        return nodes
+
+    def _distribution_of(
+        self, site: str, kernel: Callable[..., TorchDistribution], first: Tensor, context: Any
+    ) -> Callable[..., TorchDistribution]:
+        return lambda *values: self.distribution(site, kernel, values[0] if values else first, context)
 
     def _path(self) -> list[str]:
         return ["x", *super()._path()]

@@ -26,6 +26,7 @@ Reference: Ladder Variational Autoencoders (Sønderby et al., 2016).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,7 +38,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_hvae.chains.arguments import batch_size
-from pyro_hvae.chains.base import Chain
+from pyro_hvae.chains.base import Chain, Node
 from pyro_hvae.chains.directions import TopDown
 from pyro_hvae.chains.missing import zero_masked
 from pyro_hvae.chains.weights import draw_global, has_global
@@ -158,8 +159,14 @@ class Ladder(Chain):
         return self._held[0]
 
     def forward(
-        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
-    ) -> dict[str, Tensor]:
+        self,
+        x: Tensor,
+        context: Any = None,
+        *,
+        mask: Tensor | None = None,
+        data_size: int | None = None,
+        visit: Callable[[Ladder], Any] | None = None,
+    ) -> Any:
         """Draw the latents given x, the top layer first.
 
         Args:
@@ -167,11 +174,58 @@ class Ladder(Chain):
             context: covariates (N, c), passed to every evidence module and every kernel of the model.
             mask: True = observed, of the shape of x or (N,); the first evidence module sees 0 elsewhere.
             data_size: size of the data set of which x is a minibatch.
+            visit: run this function of the chain instead, inside of the module's call, where parameters register.
 
         Returns:
             Draws by site, (..., N, d_t).
         """
+        if visit is not None:
+            return visit(self)
         size = batch_size(self.name, x, context, mask, None)
+        model = self._shared_model()
+        draw_global(self)
+        values: dict[str, Tensor] = {}
+        value: Any = None
+        # the model's parameters are named in its own context, and only where this program's own are
+        naming = model._pyro_context if self._pyro_context.active else nullcontext()
+        with self.data_plate(size, data_size, x.device), naming:
+            evidence = self._evidence(x, context, mask)
+            for site, kernel, infer in model.steps():
+                if site == model.observation:
+                    break
+                prior = model.distribution(site, kernel, value, context)
+                value = values[site] = pyro.sample(site, gaussian_product(site, prior, evidence[site]), infer=infer)
+        return values
+
+    def stepwise(
+        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
+    ) -> list[Node]:
+        """List the draws q(z_T | x), q(z_{T-1} | z_T, x), ..., for particles (:class:`pyro_hvae.SMCBound`).
+
+        Args: those of the program.
+
+        Returns:
+            ``("draw", site, draws that it depends on, distribution as a function of these)`` for each site.
+        """
+        batch_size(self.name, x, context, mask, None)
+        model = self._shared_model()
+        self.refuse_global()
+        evidence = self._evidence(x, context, mask)
+        nodes: list[Node] = []
+        parents: tuple[str, ...] = ()
+        for site, kernel, _ in model.steps():
+            if site == model.observation:
+                break
+
+            def product(*values: Tensor, site: str = site, kernel: Any = kernel) -> TorchDistribution:
+                prior = model.distribution(site, kernel, values[0] if values else None, context)
+                return gaussian_product(site, prior, evidence[site])
+
+            nodes.append(("draw", site, parents, product))
+            parents = (site,)
+        return nodes
+
+    def _shared_model(self) -> TopDown:
         model = self.model
         if has_global(model):
             raise ValueError(
@@ -179,23 +233,16 @@ class Ladder(Chain):
                 "(PyroSample), which this guide would draw from their prior. Use BottomUp, and a guide of "
                 "your own for the weights."
             )
-        draw_global(self)
-        values: dict[str, Tensor] = {}
-        value: Any = None
+        return model
+
+    def _evidence(self, x: Tensor, context: Any, mask: Tensor | None) -> dict[str, TorchDistribution]:
+        """Return the evidence about each layer, from the pass upwards."""
         evidence: dict[str, TorchDistribution] = {}
         below = zero_masked(x, mask, self._modules[self._steps[0][1]])
-        # the model's parameters are named in its own context, and only where this program's own are
-        naming = model._pyro_context if self._pyro_context.active else nullcontext()
-        with self.data_plate(size, data_size, x.device), naming:
-            for site, module, _ in self.steps():
-                result = self.call(site, module, below, context)
-                below, evidence[site] = result if isinstance(result, tuple) else (result.mean, result)
-            for site, kernel, infer in model.steps():
-                if site == model.observation:
-                    break
-                prior = model.distribution(site, kernel, value, context)
-                value = values[site] = pyro.sample(site, gaussian_product(site, prior, evidence[site]), infer=infer)
-        return values
+        for site, module, _ in self.steps():
+            result = self.call(site, module, below, context)
+            below, evidence[site] = result if isinstance(result, tuple) else (result.mean, result)
+        return evidence
 
     def _path(self) -> list[str]:
         return ["x", *reversed(super()._path())]

@@ -19,6 +19,7 @@ Reference: Maximum likelihood estimates of linear dynamic systems (Rauch, Tung a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
@@ -28,6 +29,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_hvae.chains.arguments import batch_size
+from pyro_hvae.chains.base import Node
 from pyro_hvae.chains.directions import BottomUp
 from pyro_hvae.chains.missing import zero_masked
 from pyro_hvae.kernels import LinearGaussian
@@ -83,13 +85,21 @@ class Reversed(PyroModule):
         return self._pyro_name
 
     def forward(
-        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
-    ) -> dict[str, Tensor]:
+        self,
+        x: Tensor,
+        context: Any = None,
+        *,
+        mask: Tensor | None = None,
+        data_size: int | None = None,
+        visit: Callable[[Reversed], Any] | None = None,
+    ) -> Any:
         """Draw the latents given x, arguments as those of the chain.
 
         Returns:
             Draws by site, (..., N, d_t), the top layer first.
         """
+        if visit is not None:
+            return visit(self)
         size = batch_size(self.name, x, context, mask, None)
         chain = self.bottom_up
         values: dict[str, Tensor] = {}
@@ -97,13 +107,32 @@ class Reversed(PyroModule):
             layers = self._marginals(chain, zero_masked(x, mask), context)
             value = above = None
             for layer in reversed(layers):
-                mean, covariance = layer.mean, layer.covariance
-                if above is not None and value is not None:
-                    mean, covariance = _conditional(layer, above, value)
-                conditional = dist.MultivariateNormal(mean, scale_tril=torch.linalg.cholesky(covariance))
-                value = values[layer.site] = pyro.sample(layer.site, conditional)
+                value = values[layer.site] = pyro.sample(layer.site, _given(layer, above, value))
                 above = layer
         return values
+
+    def stepwise(
+        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
+    ) -> list[Node]:
+        """List the draws q(z_T | x), q(z_{T-1} | z_T, x), ..., for particles (:class:`pyro_hvae.SMCBound`).
+
+        Args: those of the program.
+
+        Returns:
+            ``("draw", site, draws that it depends on, distribution as a function of these)`` for each site.
+        """
+        batch_size(self.name, x, context, mask, None)
+        self.bottom_up.refuse_global()
+        nodes: list[Node] = []
+        above: _Layer | None = None
+        for layer in reversed(self._marginals(self.bottom_up, zero_masked(x, mask), context)):
+
+            def given(*values: Tensor, layer: _Layer = layer, above: _Layer | None = above) -> Any:
+                return _given(layer, above, values[0] if values else None)
+
+            nodes.append(("draw", layer.site, () if above is None else (above.site,), given))
+            above = layer
+        return nodes
 
     def _marginals(self, chain: BottomUp, x: Tensor, context: Any) -> list[_Layer]:
         layers: list[_Layer] = []
@@ -127,6 +156,14 @@ def _covariance(site: str, first: Any) -> Tensor:
     if isinstance(base, dist.Normal) and len(first.event_shape) == 1:
         return first.variance.diag_embed()
     raise TypeError(f"the first layer {site!r} must be a Gaussian over vectors to be reversed, got {first}.")
+
+
+def _given(layer: _Layer, above: _Layer | None, value: Tensor | None) -> Any:
+    """Return the distribution of a layer given x and the draw of the layer above, if there is one."""
+    mean, covariance = layer.mean, layer.covariance
+    if above is not None and value is not None:
+        mean, covariance = _conditional(layer, above, value)
+    return dist.MultivariateNormal(mean, scale_tril=torch.linalg.cholesky(covariance))
 
 
 def _conditional(layer: _Layer, above: _Layer, value: Tensor) -> tuple[Tensor, Tensor]:

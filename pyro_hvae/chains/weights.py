@@ -8,7 +8,7 @@ from typing import Any
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["draw_global", "drop_shared", "fill_shared", "has_global"]
+__all__ = ["draw_global", "drop_shared", "fill_shared", "has_global", "register"]
 
 
 def draw_global(module: PyroModule) -> None:
@@ -18,6 +18,19 @@ def draw_global(module: PyroModule) -> None:
             for name in child._pyro_samples:
                 getattr(child, name)
             draw_global(child)
+
+
+def register(module: PyroModule) -> None:
+    """Read all parameters of a module, which is what registers them, where kernels run after the module's call."""
+    if not module._pyro_context.active:
+        return
+    for name in (*module._parameters, *module._pyro_params):
+        getattr(module, name)
+    for name, child in module._modules.items():
+        if isinstance(child, PyroModule):
+            register(child)
+        else:
+            getattr(module, name)
 
 
 def has_global(module: PyroModule) -> bool:

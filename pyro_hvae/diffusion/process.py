@@ -28,6 +28,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_hvae.chains.arguments import batch_size, check_data_size
+from pyro_hvae.chains.base import Node
 from pyro_hvae.chains.missing import zero_masked
 from pyro_hvae.diffusion.schedules import Schedule
 
@@ -145,6 +146,30 @@ class NoisingProcess(PyroModule):
             for i, conditional in enumerate(self.conditionals(value), start=1):
                 value = values[f"z{i}"] = pyro.sample(f"z{i}", conditional(value))
         return values
+
+    def stepwise(
+        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
+    ) -> list[Node]:
+        """List the draws q(z_1 | x), q(z_2 | z_1), ..., for particles (:class:`pyro_hvae.SMCBound`).
+
+        Args: those of the program.
+
+        Returns:
+            ``("draw", site, draws that it depends on, distribution as a function of these)`` for each site.
+        """
+        if self.num_layers is None:
+            raise ValueError(
+                "a diffusion in continuous time has infinitely many sites to step through: train it with "
+                "DiffusionELBO, or give num_layers"
+            )
+        batch_size(self.name, x, None, mask, None)
+        first = zero_masked(x, mask)
+
+        def node(i: int, conditional: Callable[[Tensor], TorchDistribution]) -> Node:
+            parents = (f"z{i}",) if i else ()
+            return "draw", f"z{i + 1}", parents, lambda *values: conditional(values[0] if i else first)
+
+        return [node(i, conditional) for i, conditional in enumerate(self.conditionals(first))]
 
 
 class Diffusion(NoisingProcess):

@@ -20,6 +20,7 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hvae.bounds.smc import SMCBound
 from pyro_hvae.evidence.annealed import run_chains, tuned_moves
 from pyro_hvae.evidence.bases import base_problem, drawn_prior
 from pyro_hvae.evidence.path import Path
@@ -114,8 +115,10 @@ def log_evidence(
         num_samples: K draws a datum.
         method: ``"importance"`` weighs draws of the guide; ``"prior"`` draws of the prior; ``"bayes"`` divides the
             joint by the posterior density at a point; ``"annealed"`` runs annealed importance sampling from the guide
-            with ``num_samples`` chains (see :func:`pyro_hvae.evidence.anneal` for more control); ``"enumerate"`` sums
-            exactly over latents that are all discrete.  Where the model marks all latents
+            with ``num_samples`` chains (see :func:`pyro_hvae.evidence.anneal` for more control); ``"smc"`` resamples
+            the guide's draws along a chain (:class:`pyro_hvae.SMCBound`): 20 filters of ``num_samples / 20`` particles,
+            whose estimates are averaged; error, ess and k-hat are those of the 20; ``"enumerate"`` sums exactly over
+            latents that are all discrete.  Where the model marks all latents
             ``infer={"enumerate": "parallel"}``, every method is that sum.
         chunk_size: draws (or chains) that run at once; memory grows with it, and with K numbers per datum.  By
             default draws times indices of the largest site's plates stay below 20,000.
@@ -148,7 +151,7 @@ def log_evidence(
     source = problem if problem.guided and method != "prior" else problem.prior()
     if source.structure.enumerated and not source.structure.drawn:
         return _exact(source)
-    if not problem.guided and method in ("importance", "bayes"):
+    if not problem.guided and method in ("importance", "bayes", "smc"):
         raise ValueError(f"method {method!r} draws from a guide, and guide is None: use 'prior', or give one")
     return _METHODS[method](problem, Sampling(num_samples, chunk_size, progress))
 
@@ -245,10 +248,30 @@ def _exact(problem: Problem) -> Evidence:
     return Evidence(value, exact, torch.ones_like(value), torch.full_like(value, -torch.inf), 1, "enumerate")
 
 
+_FILTERS = 20
+
+
+def _smc(problem: Problem, sampling: Sampling) -> Evidence:
+    """Return the log of the mean of independent particle filters' estimates, and its error from their spread."""
+    if sampling.num_samples < 2 * _FILTERS:
+        raise ValueError(
+            f"method='smc' runs {_FILTERS} filters of num_samples / {_FILTERS} particles, so it needs num_samples >= "
+            f"{2 * _FILTERS}; got {sampling.num_samples}"
+        )
+    problem.structure.require_whole("the evidence")
+    bound = SMCBound(sampling.num_samples // _FILTERS)
+    with torch.no_grad():
+        steps = tqdm(range(_FILTERS), disable=not sampling.progress, desc="log p(x)", unit="filter")
+        estimates = torch.stack([bound.evaluate(problem).value for _ in steps])
+    check_weights(estimates)
+    return _of_weights(estimates, "smc")
+
+
 _METHODS: dict[str, Callable[[Problem, Sampling], Evidence]] = {
     "importance": lambda problem, sampling: _of_weights(draw_log_weights(problem, sampling), "importance"),
     "prior": lambda problem, sampling: _of_weights(draw_log_weights(drawn_prior(problem), sampling), "prior"),
     "bayes": _bayes,
     "annealed": _annealed,
     "enumerate": lambda problem, _: _enumerate(problem),
+    "smc": _smc,
 }

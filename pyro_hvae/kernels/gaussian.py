@@ -138,7 +138,8 @@ class LinearGaussian(Kernel):
         if weight is None:
             bound = in_features**-0.5 if in_features else 0.0
             weight = torch.empty(out_features, in_features).uniform_(-bound, bound)
-        self._hold("weight", weight, (out_features, in_features), learn)
+        # without an input the weight is empty, and no loss would reach it
+        self._hold("weight", weight, (out_features, in_features), learn and in_features > 0)
         if bias is False:
             self.bias = None
         else:

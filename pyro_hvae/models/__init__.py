@@ -8,6 +8,7 @@ For events of shape ``event_shape`` and latents z_1, ..., z_T of widths d_1, ...
 - :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters;
 - :func:`discrete_diffusion`: the same with noise on categories;
 - :func:`table_vae`: a VAE of the rows of a DataFrame with missing entries, one family a column.
+- :func:`deep_markov`, :func:`variational_rnn`: chains in time.
 
 All weights start by Xavier's rule and all biases at zero. ``vae`` is ``hvae`` with one layer, parameter for
 parameter. Every pair records on its programs how it was made, as plain
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from pyro_hvae.chains import BottomUp, Ladder, LadderEvidence, TopDown
 from pyro_hvae.chains.arguments import event_sizes
+from pyro_hvae.chains.sequence_models import deep_markov, variational_rnn
 from pyro_hvae.diffusion.denoising import DenoisingChain
 from pyro_hvae.diffusion.pairs import discrete_diffusion
 from pyro_hvae.diffusion.process import Diffusion
@@ -43,7 +45,17 @@ from pyro_hvae.kernels.base import join
 from pyro_hvae.models.tables import table_vae
 from pyro_hvae.nn import MLP, xavier_
 
-__all__ = ["PairOptions", "discrete_diffusion", "hvae", "ladder_vae", "table_vae", "vae", "vdm"]
+__all__ = [
+    "PairOptions",
+    "deep_markov",
+    "discrete_diffusion",
+    "hvae",
+    "ladder_vae",
+    "table_vae",
+    "vae",
+    "variational_rnn",
+    "vdm",
+]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
