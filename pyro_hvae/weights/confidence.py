@@ -76,7 +76,7 @@ def median_lower(log_weights: Tensor, delta: float, *, num_groups: int = 27, sum
     if num_groups < 1 or num_groups % 2 == 0:
         raise ValueError(f"a median needs an odd number of groups, got {num_groups}")
     count = min(num_groups, len(log_weights) - (len(log_weights) + 1) % 2)
-    groups = _summed(_group_means(log_weights, count), sum_dims)
+    groups = _summed(group_means(log_weights, count), sum_dims)
     return groups.median(0).values + math.log(_binomial_share(count, delta))
 
 
@@ -123,7 +123,7 @@ def product_lower(log_weights: Tensor, delta: float, *, sum_dims: int = 0) -> Te
     product = torch.full_like(whole, -torch.inf)
     for index in chosen.unique().tolist():
         count = numbers[index]
-        logs = _summed(log_mean_exp(pilot), sum_dims) + _summed(_group_means(rest, count), sum_dims).sum(0)
+        logs = _summed(log_mean_exp(pilot), sum_dims) + _summed(group_means(rest, count), sum_dims).sum(0)
         product = torch.where(chosen == index, (logs - half) / (count + 1), product)
     return torch.maximum(product, whole - half)
 
@@ -236,7 +236,7 @@ def _numbers(draws: int) -> list[int]:
     return sorted({*sizes, *(draws // size for size in sizes)})
 
 
-def _group_means(log_weights: Tensor, count: int) -> Tensor:
+def group_means(log_weights: Tensor, count: int) -> Tensor:
     """Return the log of the mean weight of ``count`` groups of draws of one size."""
     size = len(log_weights) // count
     groups = log_weights[: count * size].reshape(count, size, *log_weights.shape[1:])
