@@ -61,7 +61,8 @@ class EvidenceInterval(Interval):
     Each datum's interval holds with probability 1 - delta by itself; :attr:`total` with the same probability.
 
     Attributes:
-        total: the interval of the sum over the data; narrower than the sum of the data's.
+        total: the interval of the sum over the data (of a minibatch, over its rows), whose draws are independent of
+            each other as a plate declares; narrower than the sum of the data's.
         estimate: the mean of Pareto-smoothed weights, in nats.  It is an estimate, and no bound.
         khat: of the weights.
         stages: where the evaluations were spent.
@@ -75,10 +76,14 @@ class EvidenceInterval(Interval):
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        count = self.lower.numel()
+        both = self.upper.isfinite()
+        count, missing = self.lower.numel(), self.lower.numel() - int(both.sum())
+        head = f"log p(x) of {count} data, each with probability {1 - self.delta:g}: "
+        if missing < count:
+            low, high, width = self.lower[both].mean(), self.upper[both].mean(), self.width[both].max()
+            head += f"mean {float(low):.4f} to {float(high):.4f} nats, largest width {float(width):.4f}"
         lines = [
-            f"log p(x) of {count} data, each with probability {1 - self.delta:g}: mean {float(self.lower.mean()):.4f} "
-            f"to {float(self.upper.mean()):.4f} nats, largest width {float(self.width.max()):.4f}",
+            head + (f"; no upper side for {missing}" if missing else ""),
             f"sum over the data: {float(self.total.lower):.4f} to {float(self.total.upper):.4f} nats",
             *(f"assumption {side}: {text}" for side, text in self.assumptions.items()),
             *(f"spent: {stage}" for stage in self.stages),
@@ -99,10 +104,10 @@ def evidence_interval(
 ) -> EvidenceInterval:
     r"""Bound log p(x) from both sides, with a stated probability and stated assumptions.
 
-    A pilot of at most 1000 draws looks at k-hat, and is used for nothing else.  Data with a good one are bounded by
-    importance sampling, others by annealing where that is possible.  With a ``tolerance`` this repeats with four times
-    as many draws until every datum's interval is narrow enough or the budget is spent; round r has
-    :math:`2^{-r}\delta`, so that all hold together.
+    A pilot of at most 1000 draws looks at k-hat, and is used for nothing else.  Data with a good one (0.5, so that
+    the weights have a variance) are bounded by importance sampling, others by annealing where that is possible.  With
+    a ``tolerance`` this repeats with four times as many draws until every datum's interval is narrow enough or the
+    budget is spent; round r has :math:`2^{-r}\delta`, so that all hold together.
 
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``; or a bound

@@ -16,7 +16,7 @@ from pyro_hvae.evidence.importance import Sampling, draw_log_weights
 from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.path import Path
 from pyro_hvae.evidence.sandwich import posterior_starts
-from pyro_hvae.evidence.sides import Sides, Weights, smoothed_mean
+from pyro_hvae.evidence.sides import MOMENT_KHAT, Sides, Weights, smoothed_mean
 from pyro_hvae.problem import Problem
 from pyro_hvae.weights import check_weights, good_khat, log_mean_exp, pareto_khat, relative_variance
 from pyro_hvae.weights.confidence import group_means, log_inverse
@@ -87,7 +87,7 @@ class Search:
         count = min(_PILOT, self.left // 10)
         weights = self._timed("pilot", count, count, lambda: self._draw(count))
         self.variance = relative_variance(weights)
-        self.hard = pareto_khat(weights) > good_khat(count)
+        self.hard = pareto_khat(weights) > (good_khat(count) if self.num_samples else MOMENT_KHAT)
         if not bool(self.hard.any()):
             return
         try:

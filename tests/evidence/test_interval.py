@@ -54,8 +54,8 @@ def test_coverage_of_annealing(draws):
     assert_covers(interval, log_p)
     assert interval.total.lower <= log_p.sum() <= interval.total.upper
     assert [stage.name for stage in interval.stages] == ["pilot", "importance", "annealed"]
-    if draws:
-        assert interval.upper.isfinite().all()
+    if draws:  # chains from one draw are a single estimate, for which log(2/delta) is paid
+        assert ((interval.upper - log_p).median() > 3) & interval.upper.isfinite().all()
 
 
 @pytest.mark.slow
