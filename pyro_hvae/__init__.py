@@ -16,9 +16,10 @@ Bounds
 
 Evidence and diagnostics
     :class:`Problem` binds a pair and its data; :func:`log_evidence`, :func:`evidence_interval`,
-    :func:`evidence_sandwich`, :func:`diagnose`, :func:`to_datatree`, and products of factors (:func:`forward_kl`,
-    :func:`reverse_kl`).  More in :mod:`pyro_hvae.problem`, :mod:`~pyro_hvae.evidence`,
-    :mod:`~pyro_hvae.diagnostics`, :mod:`~pyro_hvae.factorized`, :mod:`~pyro_hvae.weights`, :mod:`~pyro_hvae.plots`.
+    :func:`evidence_sandwich`, :func:`diagnose`, :func:`posterior_error`, :func:`to_datatree`, and products of
+    factors (:func:`forward_kl`, :func:`reverse_kl`).  More in :mod:`pyro_hvae.problem`,
+    :mod:`~pyro_hvae.evidence`, :mod:`~pyro_hvae.diagnostics`, :mod:`~pyro_hvae.factorized`,
+    :mod:`~pyro_hvae.weights`, :mod:`~pyro_hvae.plots`.
 
 Training
     :func:`fit`, :func:`fit_restarts`, :func:`load`, :func:`compile_step`.  More in :mod:`pyro_hvae.training`,
@@ -42,7 +43,7 @@ from pyro_hvae.bounds import (
     explain,
 )
 from pyro_hvae.chains import BottomUp, Ladder, Reversed, TopDown, decode, encode, impute, reconstruct
-from pyro_hvae.diagnostics import diagnose, to_datatree
+from pyro_hvae.diagnostics import diagnose, posterior_error, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion
 from pyro_hvae.evidence import evidence_interval, evidence_sandwich, log_evidence
 from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
@@ -119,6 +120,7 @@ __all__ += [
     "evidence_sandwich",
     "forward_kl",
     "log_evidence",
+    "posterior_error",
     "reverse_kl",
     "to_datatree",
     "total_correlation",

@@ -76,14 +76,18 @@ class EvidenceInterval(Interval):
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        both = self.upper.isfinite()
-        count, missing = self.lower.numel(), self.lower.numel() - int(both.sum())
+        both, count = self.upper.isfinite(), self.lower.numel()
         head = f"log p(x) of {count} data, each with probability {1 - self.delta:g}: "
-        if missing < count:
+        if bool(both.any()):
             low, high, width = self.lower[both].mean(), self.upper[both].mean(), self.width[both].max()
             head += f"mean {float(low):.4f} to {float(high):.4f} nats, largest width {float(width):.4f}"
+        missing = count - int(both.sum())
+        if missing:
+            low = self.lower[~both].mean()
+            head += "; " if missing < count else ""
+            head += f"no upper side for {missing}, mean lower side {float(low):.4f} nats"
         lines = [
-            head + (f"; no upper side for {missing}" if missing else ""),
+            head,
             f"sum over the data: {float(self.total.lower):.4f} to {float(self.total.upper):.4f} nats",
             *(f"assumption {side}: {text}" for side, text in self.assumptions.items()),
             *(f"spent: {stage}" for stage in self.stages),

@@ -7,7 +7,8 @@ runs a program.
 - Means: :func:`log_mean_exp`, its standard error :func:`log_mean_exp_stderr`, :func:`effective_sample_size`.
 - Tails: :func:`pareto_khat`, :func:`psis` (k-hat and smoothed weights), :func:`good_khat` (the limit for k-hat).
 - Bounds of log p(x) with a stated probability: :func:`product_lower`, :func:`markov_lower`, :func:`median_lower`
-  without an assumption, :func:`variance_upper` with the :func:`relative_variance` of the weights.
+  without an assumption, :func:`variance_upper` with the :func:`relative_variance` of the weights; :func:`mean_lower`
+  for the mean log-weight.
 - Checks: :func:`check_weights`.
 - Chunks of draws: :func:`chunks`, :func:`default_chunk`.
 """
@@ -15,6 +16,7 @@ runs a program.
 from pyro_hvae.weights.chunks import chunks, default_chunk
 from pyro_hvae.weights.confidence import (
     markov_lower,
+    mean_lower,
     median_lower,
     product_lower,
     relative_variance,
@@ -32,6 +34,7 @@ __all__ = [
     "log_mean_exp",
     "log_mean_exp_stderr",
     "markov_lower",
+    "mean_lower",
     "median_lower",
     "pareto_khat",
     "product_lower",

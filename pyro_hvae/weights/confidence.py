@@ -22,7 +22,16 @@ from torch import Tensor
 
 from pyro_hvae.weights.means import check_weights, log_mean_exp
 
-__all__ = ["markov_lower", "median_lower", "product_lower", "relative_variance", "variance_upper"]
+__all__ = [
+    "group_means",
+    "log_inverse",
+    "markov_lower",
+    "mean_lower",
+    "median_lower",
+    "product_lower",
+    "relative_variance",
+    "variance_upper",
+]
 
 _LEAST_PILOT = 16
 """Draws from which the number of averages in a product is chosen; with fewer there is a single average."""
@@ -185,6 +194,47 @@ def variance_upper(
     excess = _bennett(square, top, spread.new_tensor(nats + math.log(2)))
     total = _summed(log_mean, sum_dims) + shift + excess
     return torch.where(top.isfinite(), total, torch.inf)
+
+
+def mean_lower(values: Tensor, variance: Tensor, delta: float) -> Tensor:
+    r"""Bound the mean of a quantity from below, given a bound v of its variance.
+
+    Catoni's estimate is the root of :math:`\sum_s\psi(\alpha(y_s-\theta))=0` with
+    :math:`\psi(y)=\mathrm{sign}(y)\log(1+|y|+y^2/2)`, which large values move little.  It exceeds the mean by more than
+    :math:`t=\sqrt{2vL/(S-2L)}`, :math:`L=\log(1/\delta)`, with a probability of at most :math:`\delta`.
+
+    Args:
+        values: S along the first dim.
+        variance: v, of the shape without the first dim.
+        delta: probability that the bound does not hold, in (0, 1).
+
+    Returns:
+        The estimate less t; ``-inf`` where S is at most 2L, or v infinite.
+
+    Raises:
+        ValueError: for a ``delta`` outside of (0, 1).
+
+    Reference:
+        Challenging the Empirical Mean and Empirical Variance: A Deviation Study (Catoni, 2012), proposition 2.4.
+
+    Example:
+        >>> mean_lower(torch.tensor([-1.0, 1.0]).repeat(500), torch.tensor(1.0), 0.05).round(decimals=4)
+        tensor(-0.0776, dtype=torch.float64)
+    """
+    nats, count = log_inverse(delta), len(values)
+    values, variance = values.detach().double(), variance.double()
+    if count <= 2 * nats:
+        return torch.full_like(variance, -torch.inf)
+    t = (2 * variance * nats / (count - 2 * nats)).sqrt()
+    alpha = (2 * nats / (count * (variance + t**2).clamp(min=1e-300))).sqrt()
+    low, high = values.amin(0), values.amax(0)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        y = alpha * (values - middle)
+        above = (y.sign() * torch.log1p(y.abs() + 0.5 * y**2)).sum(0) > 0
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    bound = low - t
+    return torch.where(bound.isnan(), -torch.inf, bound)
 
 
 def relative_variance(log_weights: Tensor) -> Tensor:
