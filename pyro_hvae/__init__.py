@@ -18,9 +18,10 @@ Bounds
     a pair.  More in :mod:`pyro_hvae.bounds`.
 
 Evidence and diagnostics
-    :class:`Problem` binds a pair and its data; :func:`log_evidence`, :func:`evidence_sandwich`, :func:`diagnose`,
-    :func:`to_datatree`, and products of factors (:func:`forward_kl`, :func:`reverse_kl`).  More in
-    :mod:`pyro_hvae.problem`, :mod:`~pyro_hvae.evidence`, :mod:`~pyro_hvae.diagnostics`, :mod:`~pyro_hvae.factorized`,
+    :class:`Problem` binds a pair and its data; :func:`log_evidence`, :func:`evidence_interval`,
+    :func:`evidence_sandwich`, :func:`diagnose`, :func:`posterior_error`, :func:`to_datatree`, and products of
+    factors (:func:`forward_kl`, :func:`reverse_kl`).  More in :mod:`pyro_hvae.problem`,
+    :mod:`~pyro_hvae.evidence`, :mod:`~pyro_hvae.diagnostics`, :mod:`~pyro_hvae.factorized`,
     :mod:`~pyro_hvae.weights`, :mod:`~pyro_hvae.plots`.
 
 Training
@@ -59,9 +60,9 @@ from pyro_hvae.chains import (
     impute,
     reconstruct,
 )
-from pyro_hvae.diagnostics import diagnose, to_datatree
+from pyro_hvae.diagnostics import diagnose, posterior_error, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion, DiscreteDenoisingChain, DiscreteDiffusion
-from pyro_hvae.evidence import evidence_sandwich, log_evidence
+from pyro_hvae.evidence import evidence_interval, evidence_sandwich, log_evidence
 from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 from pyro_hvae.kernels import (
     Bernoulli,
@@ -156,10 +157,12 @@ __all__ += [
     "Problem",
     "compare_guides",
     "diagnose",
+    "evidence_interval",
     "evidence_sandwich",
     "forward_kl",
     "log_evidence",
     "predict",
+    "posterior_error",
     "reverse_kl",
     "to_datatree",
     "total_correlation",

@@ -8,6 +8,7 @@ from pyro_hvae.diagnostics.information import layers
 from pyro_hvae.diagnostics.khat import KHats, khats
 from pyro_hvae.diagnostics.layers import active_units, mean_variances
 from pyro_hvae.diagnostics.loo import compare, held_out, loo
+from pyro_hvae.diagnostics.posterior_error import ErrorEstimates, PosteriorError, posterior_error
 from pyro_hvae.diagnostics.predictive import pit, predictive_check
 from pyro_hvae.diagnostics.report import LEVELS, Finding, Report
 from pyro_hvae.diagnostics.weights import resample, smoothed_weights
@@ -16,8 +17,10 @@ __all__ = [
     "GROUPS",
     "LEVELS",
     "Calibration",
+    "ErrorEstimates",
     "Finding",
     "KHats",
+    "PosteriorError",
     "Report",
     "active_units",
     "calibrate",
@@ -29,6 +32,7 @@ __all__ = [
     "loo",
     "mean_variances",
     "pit",
+    "posterior_error",
     "predictive_check",
     "resample",
     "smoothed_weights",

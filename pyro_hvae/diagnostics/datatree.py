@@ -61,6 +61,7 @@ def to_datatree(
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     predictions: Any = None,
+    error: Any = None,
     **kwargs: Any,
 ) -> Any:
     r"""Draw from a guide and collect draws, densities and predictions in the ArviZ schema.
@@ -106,6 +107,9 @@ def to_datatree(
         predictions: new data: a tuple of the model's arguments, or a mapping of its keywords; None for what is to be
             predicted.
 
+        error: a :class:`~pyro_hvae.diagnostics.PosteriorError` of this pair and these data, kept as the group
+            ``posterior_error``.
+
     Returns:
         ``xarray.DataTree``; of a ``path``, its arrays are read from the file when they are used.
 
@@ -126,7 +130,7 @@ def to_datatree(
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     if chunk_size is not None:
         chunks(num_draws, chunk_size)
-    labels = _Labels({} if coords is None else dict(coords), dims)
+    labels = _Labels({} if coords is None else dict(coords), dims, error)
     with torch.no_grad():
         if isinstance(guide, AbstractMCMC):
             sources = sources_of_sampler(Problem(model, None, args, kwargs), guide, dims)
@@ -141,10 +145,11 @@ def to_datatree(
 
 
 class _Labels(NamedTuple):
-    """Names from the caller: labels by dim, and dims by site."""
+    """What the caller adds: labels by dim, dims by site, and a posterior's error."""
 
     coords: dict[str, Any]
     dims: Mapping[str, Sequence[str]] | None
+    error: Any = None
 
 
 def collect(
@@ -209,7 +214,13 @@ class _Naming:
     def __init__(
         self, source: Source, labels: _Labels, wanted: frozenset[str], left_out: frozenset[str]
     ) -> None:
-        self.sites, self.wanted = source.sites, wanted
+        self.sites, self.wanted, self.error = source.sites, wanted, labels.error
+        shape = tuple(plate.size for plate in self.sites.common)
+        if self.error is not None and tuple(self.error.kl.shape) != shape:
+            raise ValueError(
+                f"error has data of shape {tuple(self.error.kl.shape)}, and the tree {shape}: give the error of the "
+                "same programs and data"
+            )
         self.observed = source.observed() if "observed_data" in wanted else {}
         self.constant, self.constant_dims = source.constant(labels.dims) if "constant_data" in wanted else ({}, {})
         self.unconstrained = source.unconstrained_names()
@@ -242,7 +253,10 @@ class _Naming:
                 made[name] = dataset(values, dims, self.coords, sample_dims=())
         if self.new is not None:
             made |= self.new.datasets(groups.get("predictions", {}), self.wanted)
-        tree = xr.DataTree.from_dict({name: made[name] for name in (*GROUPS, *NEW_GROUPS) if name in made})
+        kept = {name: made[name] for name in (*GROUPS, *NEW_GROUPS) if name in made}
+        if self.error is not None:
+            kept["posterior_error"] = self.error.to_dataset()
+        tree = xr.DataTree.from_dict(kept)
         stamp = next((group.attrs["created_at"] for group in made.values()), None)
         tree.attrs = self.attrs if stamp is None else {"created_at": stamp, **self.attrs}
         return tree

@@ -17,6 +17,7 @@ from pyro_hvae.diagnostics.information import layers
 from pyro_hvae.diagnostics.khat import LayerWeights, khats_of_tree, khats_of_weights
 from pyro_hvae.diagnostics.loo import loo
 from pyro_hvae.diagnostics.moments import compare_moments
+from pyro_hvae.diagnostics.posterior_error import posterior_error
 from pyro_hvae.diagnostics.predictive import predictive_check
 from pyro_hvae.diagnostics.report import LEVELS, Finding, Report
 from pyro_hvae.diagnostics.sources import Source, problems_of, sources_of
@@ -42,6 +43,7 @@ def diagnose(
     num_draws: int = 1000,
     calibration: bool = False,
     evidence: bool | Mapping[str, Any] = False,
+    error: bool | Mapping[str, Any] = False,
     **kwargs: Any,
 ) -> Report:
     r"""Report the reliability of a posterior: of its draws, and of its weighted draws.
@@ -61,6 +63,8 @@ def diagnose(
         calibration: also simulate data and test the ranks; for amortised guides.
         evidence: also bracket log p(x) by :func:`pyro_hvae.evidence_sandwich`, from the guide, or from the prior where
             the guide has auxiliary variables; a mapping has its options, such as ``{"num_chains": 8, "betas": 50}``.
+        error: also bound the error of the posterior with a stated probability, by :func:`posterior_error`; a mapping
+            has its options.
 
     Returns:
         :class:`~pyro_hvae.diagnostics.Report`, findings ordered from the worst.
@@ -81,10 +85,10 @@ def diagnose(
     if _is_tree(model):
         if guide is not None or args or kwargs:
             raise TypeError("a tree has its draws already; call diagnose with the tree alone")
-        if calibration or evidence:
+        if calibration or evidence or error:
             raise ValueError(
-                "calibration and evidence draw from the programs, which a tree does not hold: pass model, guide and "
-                "data instead of the tree"
+                "calibration, evidence and error draw from the programs, which a tree does not hold: pass model, guide "
+                "and data instead of the tree"
             )
         return _report(_of_tree(model, numbers), numbers)
     if num_draws < 100:
@@ -104,6 +108,9 @@ def diagnose(
             findings += word.calibration_findings(ranks)
         if evidence:
             findings.append(_bracket(first, numbers, evidence if isinstance(evidence, Mapping) else {}))
+        if error:
+            numbers["error"] = posterior_error(first, **(error if isinstance(error, Mapping) else {}))
+            findings.append(word.error_finding(numbers["error"]))
     return _report(findings, numbers)
 
 

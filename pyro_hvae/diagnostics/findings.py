@@ -11,12 +11,14 @@ from pyro_hvae.diagnostics.calibration import Calibration
 from pyro_hvae.diagnostics.information import COLLAPSED_INFORMATION
 from pyro_hvae.diagnostics.khat import KHats
 from pyro_hvae.diagnostics.moments import RATIO, SHIFT, Moments
+from pyro_hvae.diagnostics.posterior_error import PosteriorError
 from pyro_hvae.diagnostics.report import Finding
 
 __all__ = [
     "bracket_finding",
     "calibration_findings",
     "draws_findings",
+    "error_finding",
     "ess_findings",
     "finite_findings",
     "khat_findings",
@@ -31,6 +33,7 @@ _UNITS = "Importance Weighted Autoencoders, Burda et al., 2016"
 _RHAT = "Rank-Normalization, Folding, and Localization: An Improved R-hat, Vehtari et al., 2021"
 _SBC = "Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018"
 _PPC = "Posterior Predictive Assessment of Model Fitness via Realized Discrepancies, Gelman et al., 1996"
+_ERROR = "Validated Variational Inference via Practical Posterior Error Bounds, Huggins et al., 2020"
 _RHAT_LIMIT = 1.01
 _ESS_SHARE = 0.01
 _PPC_LEVEL = 0.01
@@ -286,6 +289,33 @@ def bracket_finding(bracket: Any, elbo: float, unit: str) -> Finding:
         f"the guide loses at least {max(gap, 0.0):.3f} {unit}, KL(q(z|x) || p(z|x))",
         "posterior_gap splits it into what the family and what the network leaves" if gap > 0.5 else "",
         "Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo, Grosse et al., 2015",
+    )
+
+
+def error_finding(error: PosteriorError) -> Finding:
+    """Report the bounds of a posterior's error."""
+    worst, count = float(error.kl.max()), error.kl.numel()
+    where = f", the largest of {count} data" if count > 1 else ""
+    assumed = f"assumed: {error.assumptions['kl']}"
+    probability = f"with probability {1 - error.delta:g}"
+    if worst == float("inf"):
+        without = int(error.kl.isinf().sum())
+        return Finding(
+            "note",
+            f"KL(q(z|x) || p(z|x)) has no bound {probability} for {without} of {count} data",
+            "log p(x) has no upper side there, as for weights without a variance, or the ELBO none below",
+            "a larger budget, a wider guide, or posterior_samples of simulated data",
+            _ERROR,
+        )
+    variation, gaussian = float(error.total_variation.max()), error.gaussian
+    return Finding(
+        "note",
+        f"KL(q(z|x) || p(z|x)) at most {worst:.3g} nats {probability}{where}",
+        f"total variation at most {variation:.3g}; with Gaussian tails means are off by at most "
+        f"{float(gaussian.mean_shift.max()):.3g} sd of the guide, and sds are {float(gaussian.sd_low.min()):.3g} to "
+        f"{float(gaussian.sd_high.max()):.3g} times the guide's; {assumed}",
+        "",
+        _ERROR,
     )
 
 

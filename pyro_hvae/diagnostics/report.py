@@ -41,8 +41,8 @@ class Report:
     Attributes:
         findings: the worst first.
         numbers: by name, the numbers behind the findings: ``khat`` and ``layers`` (``xarray.Dataset``), ``elbo``,
-            ``ess``, ``draws``, ``predictive``, ``loo``, ``calibration``, ``evidence``, ``elbos``, ``rhat``, as far as
-            they apply.
+            ``ess``, ``draws``, ``predictive``, ``loo``, ``calibration``, ``evidence``, ``error``, ``elbos``,
+            ``rhat``, as far as they apply.
     """
 
     findings: tuple[Finding, ...]

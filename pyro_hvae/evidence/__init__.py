@@ -3,6 +3,7 @@
 from pyro_hvae.evidence.annealed import Chains, anneal, annealing
 from pyro_hvae.evidence.gap import PosteriorGap, RefinedGuide, posterior_gap, refine
 from pyro_hvae.evidence.importance import Evidence, log_evidence
+from pyro_hvae.evidence.interval import EvidenceInterval, Interval, evidence_interval
 from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.sandwich import Sandwich, evidence_sandwich
 from pyro_hvae.evidence.temperatures import sigmoid_temperatures, temperatures
@@ -10,12 +11,15 @@ from pyro_hvae.evidence.temperatures import sigmoid_temperatures, temperatures
 __all__ = [
     "Chains",
     "Evidence",
+    "EvidenceInterval",
+    "Interval",
     "Moves",
     "PosteriorGap",
     "RefinedGuide",
     "Sandwich",
     "anneal",
     "annealing",
+    "evidence_interval",
     "evidence_sandwich",
     "log_evidence",
     "posterior_gap",

@@ -14,7 +14,7 @@ from pyro_hvae.evidence.path import Path
 from pyro_hvae.problem import Problem, of_pair
 from pyro_hvae.weights import check_weights
 
-__all__ = ["Sandwich", "evidence_sandwich"]
+__all__ = ["Sandwich", "evidence_sandwich", "posterior_starts"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def evidence_sandwich(
         raise ValueError("resampled chains are not independent, so the bracket would have no standard error")
     start = base_problem(problem, base or ("guide" if problem.guided else "prior"))
     path = Path(start, num_chains)
-    starts = None if posterior_samples is None else _starts(posterior_samples, path)
+    starts = None if posterior_samples is None else posterior_starts(posterior_samples, path)
     moves = tuned_moves(start, num_chains, betas, num_leapfrog, num_moves)
     forward = run_chains(moves.on(path), progress=progress)
     check_weights(forward.log_weights)
@@ -127,7 +127,7 @@ def _mean_and_error(weights: Tensor) -> tuple[Tensor, Tensor]:
     return weights.mean(0), error
 
 
-def _starts(samples: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def posterior_starts(samples: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return posterior draws, one for each chain of a path."""
     starts = {}
     for name in path.transforms:

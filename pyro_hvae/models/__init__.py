@@ -7,7 +7,7 @@ For events of shape ``event_shape`` and latents z_1, ..., z_T of widths d_1, ...
 - :func:`ladder_vae`: the same model, and a guide that runs top-down and merges evidence with the model's prior;
 - :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters;
 - :func:`discrete_diffusion`: the same with noise on categories;
-- :func:`table_vae`: a VAE of the rows of a DataFrame with missing entries, one family a column.
+- :func:`table_vae`: a VAE of the rows of a DataFrame with missing entries, one family a column;
 - :func:`deep_markov`, :func:`variational_rnn`: chains in time.
 
 All weights start by Xavier's rule and all biases at zero. ``vae`` is ``hvae`` with one layer, parameter for
