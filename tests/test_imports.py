@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "pyro_hvae"
 
 # Each tower from the ground up: a part may import those before it and itself.
 PROGRAMS = ["conjugate", "distributions", "nn", "kernels", "chains", "diffusion", "models"]
-ESTIMATORS = ["weights", "problem", "bounds", "factorized", "evidence", "diagnostics"]
+ESTIMATORS = ["weights", "problem", "bounds", "factorized", "amortized", "evidence", "diagnostics"]
 # What trains, draws and runs may import both towers, and is imported by neither.
 ABOVE = ["data", "plots", "training", "demo", "cli", "__main__", "_version"]
 
