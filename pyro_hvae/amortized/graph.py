@@ -12,7 +12,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 __all__ = ["Boundary", "Graph", "Order", "invert"]
@@ -72,18 +72,17 @@ class Graph:
                 reached.update(self.parents[name])
         return reached
 
-    def boundary(self, node: str, given: Collection[str]) -> Boundary:
+    def boundary(self, node: str, given: Set[str]) -> Boundary:
         """Return the smallest subset of ``given`` that d-separates ``node`` from the rest of it.
 
         The search is that of Bayes-Ball: The Rational Pastime (Shachter, 1998).
         """
-        given = set(given) - {node}
         start = (node, True)  # True: reached from a child, or the start
         before: dict[tuple[str, bool], tuple[str, bool] | None] = {start: None}
         queue, trails, passed = [start], {}, set()
         for state in queue:
             name, from_child = state
-            if name in given:
+            if name in given and name != node:
                 trails.setdefault(name, _trail(before, state))
                 steps = [] if from_child else [(parent, True) for parent in self.parents[name]]
                 if steps:
@@ -152,21 +151,26 @@ def invert(
         >>> {name: sorted(boundary.members) for name, boundary in order.boundaries.items()}
         {'z1': ['x'], 'z2': ['z1']}
     """
-    around = dict(plates or {})
     place = {name: number for number, name in enumerate(graph.parents)}
     of = {name: tuple(sorted(group, key=place.__getitem__)) for group in merge for name in group}
     units = list(dict.fromkeys(of.get(name, (name,)) for name in sorted(latents, key=place.__getitem__)))
-    remaining, drawn_last = set(latents), list[tuple[tuple[str, ...], dict[str, Boundary]]]()
+    remaining, seen = set(latents), {*latents, *observed}
+    drawn_last: list[tuple[tuple[str, ...], dict[str, Boundary]]] = []
+    own = {unit: frozenset().union(*((plates or {}).get(name, frozenset()) for name in unit)) for unit in units}
     informed = graph.ancestors(observed)
     known: dict[tuple[str, ...], dict[str, Boundary]] = {}
     while units:
         late = [unit for unit in units if not set(unit) & set(first)] or units
-        free = [unit for unit in late if not _encloses(unit, late, around)] or late
+        present = {own[unit] for unit in late}
+        inner = {around for around in present if not any(around < other for other in present)}
+        free = [unit for unit in late if own[unit] in inner]
         best: tuple[tuple[bool, int, int], tuple[str, ...]] | None = None
         for unit in free:
             if unit not in known:
-                given = (remaining | set(observed)) - set(unit)
-                known[unit] = {name: graph.boundary(name, given) for name in unit}
+                for name in unit:
+                    seen.discard(name)
+                known[unit] = {name: graph.boundary(name, seen) for name in unit}
+                seen.update(unit)
             size = len(set().union(*(boundary.trails for boundary in known[unit].values())))
             below = {child for name in unit for child in graph.children[name]} - set(unit)
             rank = bool(below & remaining or informed & set(unit)), size, place[unit[0]]
@@ -176,6 +180,7 @@ def invert(
         chosen = best[1]
         units.remove(chosen)
         remaining -= set(chosen)
+        seen -= set(chosen)
         drawn_last.append((chosen, known.pop(chosen)))
         for unit in [u for u, found in known.items() if any(set(chosen) & set(b.trails) for b in found.values())]:
             del known[unit]
@@ -183,12 +188,6 @@ def invert(
     for unit, found in reversed(drawn_last):
         boundaries.update(_joined(unit, found) if len(unit) > 1 else found)
     return Order(boundaries)
-
-
-def _encloses(unit: tuple[str, ...], others: Sequence[tuple[str, ...]], plates: Mapping[str, frozenset[str]]) -> bool:
-    """Whether another unit has all plates of this one, and more."""
-    own = frozenset().union(*(plates.get(name, frozenset()) for name in unit))
-    return any(own < frozenset().union(*(plates.get(name, frozenset()) for name in other)) for other in others)
 
 
 def _joined(unit: tuple[str, ...], found: Mapping[str, Boundary]) -> dict[str, Boundary]:
