@@ -1,10 +1,10 @@
 r"""Invert a directed graph: which nodes a guide must be shown to draw each latent.
 
 A guide that draws latents in the order :math:`z_1, \dots, z_m` can hold every posterior of the graph if each
-:math:`z_i` is drawn given its **Markov boundary** among the observed nodes and the latents drawn before it: the smallest
-set of them that d-separates :math:`z_i` from the others.  For a fixed order these sets are unique, and no node of them
-can be left out.  The order is chosen greedily, from the last draw to the first: latents without data below them come
-last, each drawn given its parents, and of the others always the one with the fewest nodes in its boundary.
+:math:`z_i` is drawn given its **Markov boundary** among the observed nodes and the latents drawn before it: the
+smallest set of them that d-separates :math:`z_i` from the others.  For a fixed order these sets are unique, and no node
+of them can be left out.  The order is chosen greedily, from the last draw to the first: latents without data below them
+come last, each drawn given its parents, and of the others always the one with the fewest nodes in its boundary.
 
 Reference:
     Faithful Inversion of Generative Models for Effective Amortized Inference (Webb et al., 2018).
@@ -79,7 +79,8 @@ class Graph:
         """
         start = (node, True)  # True: reached from a child, or the start
         before: dict[tuple[str, bool], tuple[str, bool] | None] = {start: None}
-        queue, trails, passed = [start], {}, set()
+        queue, passed = [start], set[str]()
+        trails: dict[str, Trail] = {}
         for state in queue:
             name, from_child = state
             if name in given and name != node:
