@@ -18,9 +18,9 @@ Bounds
     a pair.  More in :mod:`pyro_hvae.bounds`.
 
 Evidence and diagnostics
-    :class:`Problem` binds a pair and its data; :func:`log_evidence`, :func:`evidence_interval`,
-    :func:`evidence_sandwich`, :func:`diagnose`, :func:`posterior_error`, :func:`to_datatree`, and products of
-    factors (:func:`forward_kl`, :func:`reverse_kl`).  More in :mod:`pyro_hvae.problem`,
+    :class:`Problem` binds a pair and its data; :func:`amortize` makes a guide from a model;
+    :func:`log_evidence`, :func:`evidence_interval`, :func:`evidence_sandwich`, :func:`diagnose`,
+    :func:`posterior_error`, :func:`to_datatree`, and products of factors (:func:`forward_kl`, :func:`reverse_kl`).  More in :mod:`pyro_hvae.problem`,
     :mod:`~pyro_hvae.evidence`, :mod:`~pyro_hvae.diagnostics`, :mod:`~pyro_hvae.factorized`,
     :mod:`~pyro_hvae.weights`, :mod:`~pyro_hvae.plots`.
 
@@ -30,6 +30,7 @@ Training
 """
 
 from pyro_hvae._version import __version__
+from pyro_hvae.amortized import amortize
 from pyro_hvae.bounds import (
     CUBO,
     EUBO,
@@ -155,14 +156,15 @@ __all__ += [
 # Evidence and diagnostics
 __all__ += [
     "Problem",
+    "amortize",
     "compare_guides",
     "diagnose",
     "evidence_interval",
     "evidence_sandwich",
     "forward_kl",
     "log_evidence",
-    "predict",
     "posterior_error",
+    "predict",
     "reverse_kl",
     "to_datatree",
     "total_correlation",

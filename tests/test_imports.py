@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "pyro_hvae"
 # Each tower from the ground up: a part may import those before it and itself.  Both stand on ``modules``, which
 # imports torch alone.
 PROGRAMS = ["modules", "conjugate", "distributions", "tables", "nn", "kernels", "chains", "diffusion", "models"]
-ESTIMATORS = ["modules", "weights", "problem", "bounds", "factorized", "evidence", "diagnostics"]
+ESTIMATORS = ["modules", "weights", "problem", "bounds", "factorized", "amortized", "evidence", "diagnostics"]
 # What trains, draws and runs may import both towers, and is imported by neither.
 ABOVE = ["data", "plots", "training", "demo", "cli", "__main__", "_version"]
 

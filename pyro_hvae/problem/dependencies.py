@@ -19,7 +19,7 @@ A path counts if either of the last two finds it; an analysis that fails counts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_hvae.problem.execute import Programs
 from pyro_hvae.problem.isolation import isolated
 from pyro_hvae.problem.parameters import graph_leaves
 from pyro_hvae.problem.structure import Structure
 
-__all__ = ["Dependencies", "dependencies_of"]
+__all__ = ["Dependencies", "dependencies_of", "program_edges"]
 
 Edges = dict[str, frozenset[str]]
 
@@ -123,6 +124,29 @@ def _edges(programs: Programs, tracker: _Tracker) -> tuple[Edges, Edges]:
         with tracker:
             poutine.trace(poutine.replay(model, trace=draws)).get_trace(*programs.args, **kwargs)
     return tracker.edges, in_guide
+
+
+def program_edges(program: Callable[..., Any], args: tuple, kwargs: Any, marks: Mapping[int, str]) -> Edges | None:
+    """Return the draws and the marked arguments that each site of one program depends on; None if it can't be analysed.
+
+    Args:
+        args, kwargs: of the program.
+        marks: names of tensors among the flattened arguments, by position.
+    """
+    edges: Edges = {}
+    for tracker in (_Provenance(), _Autograd()):
+        leaves, spec = tree_flatten((args, dict(kwargs)))
+        if isinstance(tracker, _Provenance):
+            leaves = [tracker.mark(marks[i], leaf) if i in marks else leaf for i, leaf in enumerate(leaves)]
+        marked_args, marked_kwargs = tree_unflatten(leaves, spec)
+        try:
+            with isolated(program), torch.enable_grad(), pyro.validation_enabled(False), tracker:
+                program(*marked_args, **marked_kwargs)
+        except Exception:  # a program may reject tensor subclasses
+            return None
+        for name, parents in tracker.edges.items():
+            edges[name] = edges.get(name, frozenset()) | parents
+    return edges
 
 
 class _Tracker(Messenger):
