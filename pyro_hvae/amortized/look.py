@@ -15,8 +15,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Plate
-from pyro_hvae.problem.isolation import evaluation_mode, kept_buffers, modules_of
+from pyro_hvae.problem.isolation import kept_buffers, modules_of
 from pyro_hvae.problem.structure import is_deterministic, is_enumerated, is_factor, plates_of
 
 __all__ = ["InPlates", "Seen", "look"]

@@ -23,9 +23,10 @@ from pyro_hvae.bounds.base import Bound, Estimate, Evaluation, Treatment
 from pyro_hvae.bounds.particles import Filtered, Resampling, run_particles
 from pyro_hvae.bounds.resampling import RESAMPLING
 from pyro_hvae.bounds.stepwise import check_stepwise, segments_of, stages_of
+from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem, Structure
 from pyro_hvae.problem.checks import check_observations
-from pyro_hvae.problem.isolation import RUNNING, evaluating, evaluation_mode, kept_buffers, noted_parameters
+from pyro_hvae.problem.isolation import RUNNING, evaluating, kept_buffers, noted_parameters
 from pyro_hvae.problem.verbs import problem_of
 from pyro_hvae.weights import effective_sample_size
 

@@ -8,11 +8,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_hvae.chains.autoencode import _evaluated
 from pyro_hvae.chains.history import History
 from pyro_hvae.chains.sequence_guides import SequenceGuide
 from pyro_hvae.chains.sequences import StateSpace, _reference
 from pyro_hvae.kernels.base import join
+from pyro_hvae.modules import evaluation_mode
 
 __all__ = ["forecast", "simulate"]
 
@@ -47,7 +47,7 @@ def simulate(
         >>> [tuple(value.shape) for value in simulate(model, size=3, steps=7, width=5)]
         [(3, 7, 2), (3, 7, 5)]
     """
-    with torch.no_grad(), _evaluated(model), pyro.poutine.block():
+    with torch.no_grad(), evaluation_mode(model), pyro.poutine.block():
         data = model.bind(None, context, size=size, steps=steps)
         previous = None
         if model.reads_history and model.memory is None:
@@ -104,7 +104,7 @@ def forecast(
         past, future = context[:, : x.shape[1]], context[:, x.shape[1] :]
     elif context is not None:
         future = context.unsqueeze(1).expand(-1, steps, -1)
-    with torch.no_grad(), _evaluated(model), _evaluated(guide), pyro.poutine.block():
+    with torch.no_grad(), evaluation_mode(model), evaluation_mode(guide), pyro.poutine.block():
         with pyro.plate("_draws", num_draws, dim=-2):
             z = guide(x, past, lengths, mask=mask)
         data = model.bind(x, past, lengths, mask)
