@@ -15,12 +15,13 @@ data: ``model.factory == {"factory": "pyro_hvae.models.hvae", "args": {...}}``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_choice, check_count
 from pyro_hvae.chains import BottomUp, Ladder, LadderEvidence, TopDown
 from pyro_hvae.diffusion.denoising import DenoisingChain
 from pyro_hvae.diffusion.process import Diffusion
@@ -196,12 +197,13 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
     sizes = ("event_shape", "latent_dim", "latent_dims")
     shapes: dict[str, Any] = {name: args.pop(name) for name in sizes if name in args}
     args = {**shapes, **_DEFAULTS, **args}
-    dims = list(dims)
-    if not dims or min(dims) < 1:
-        raise ValueError(f"latent_dims holds the widths of z_1, ..., z_T, at least one and each >= 1; got {dims}.")
+    dims = _sequence("latent_dims", dims)
+    if not dims:
+        raise ValueError("latent_dims holds the widths of z_1, ..., z_T, at least one; got none.")
+    for width in dims:
+        check_count("latent_dims" if "latent_dims" in shapes else "latent_dim", width)
     event = _event(args["event_shape"])
-    if args["context_dim"] < 0:
-        raise ValueError(f"context_dim is the width of the context, 0 for none; got {args['context_dim']}.")
+    check_count("context_dim", args["context_dim"], 0)
     activation = _choose("activation", args["activation"], ACTIVATIONS)
     likelihood, count = _choose("likelihood", args["likelihood"], LIKELIHOODS)
     hidden = _layers(args["hidden"], len(dims))
@@ -282,9 +284,11 @@ def _event(shape: int | Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: for no size at all, or one below 1.
     """
-    sizes = (shape,) if isinstance(shape, Integral) else tuple(shape)  # type: ignore[arg-type]
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"event_shape must hold at least one size, all >= 1; got {shape}.")
+    sizes = (shape,) if isinstance(shape, Integral) else tuple(_sequence("event_shape", shape))
+    if not sizes:
+        raise ValueError("event_shape must hold at least one size, got none.")
+    for size in sizes:
+        check_count("event_shape", size)
     return tuple(int(size) for size in sizes)
 
 
@@ -294,9 +298,12 @@ def _width(shape: int | tuple[int, ...]) -> int:
 
 def _layers(hidden: Hidden, depth: int) -> list[list[int]]:
     """Return the hidden widths, one list a layer."""
-    entries: list[Any] = list(hidden)
+    entries = _sequence("hidden", hidden)
     if all(isinstance(width, int) for width in entries):
         return [list(entries) for _ in range(depth)]
+    for width in entries:
+        if not isinstance(width, Iterable):
+            check_count("hidden", width)
     if any(isinstance(width, int) for width in entries) or len(entries) != depth:
         raise ValueError(
             f"hidden is one sequence of widths for all layers, or a sequence a layer, {depth} of them; got {hidden}."
@@ -304,9 +311,19 @@ def _layers(hidden: Hidden, depth: int) -> list[list[int]]:
     return [list(widths) for widths in entries]
 
 
+def _sequence(name: str, value: Any) -> list[Any]:
+    """Return the entries of a sequence of numbers.
+
+    Raises:
+        ValueError: for a string, or what is no sequence.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a sequence of integers, got {value!r}.")
+    return list(value)
+
+
 def _choose(what: str, name: str, choices: dict[str, Any]) -> Any:
-    if name not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, sorted(choices)))}; got {name!r}.")
+    check_choice(what, name, sorted(choices))
     return choices[name]
 
 

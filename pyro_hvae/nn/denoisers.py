@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.nn.layers import flatten_leading
 
 __all__ = ["DenoisingMLP", "TimeEmbedding", "UNet"]
@@ -66,6 +67,10 @@ class DenoisingMLP(nn.Module):
 
     def __init__(self, features: int, hidden: int = 128, num_layers: int = 3, context_features: int = 0) -> None:
         super().__init__()
+        check_count("features", features)
+        check_count("hidden", hidden, 4)
+        check_count("num_layers", num_layers)
+        check_count("context_features", context_features, 0)
         self.conditioning = _Conditioning(hidden, context_features)
         self.input = nn.Linear(features, hidden)
         self.layers = nn.ModuleList(
