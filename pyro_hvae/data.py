@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count, check_number, check_switch
 from pyro_hvae.tables import table
 
 __all__ = [
@@ -199,6 +200,10 @@ def binarize(x: Tensor, *, threshold: float | None = None, generator: torch.Gene
         >>> draws.unique().tolist(), abs(draws.mean().item() - 0.3) < 0.02
         ([0.0, 1.0], True)
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}.")
+    if threshold is not None:
+        check_number("threshold", threshold, 0.0, 1.0)
     if x.device.type == "cpu":
         check_unit_interval(x)
     if threshold is None:
@@ -282,8 +287,10 @@ class Batches:
         self.data_size = next(iter(sizes.values()))
         if not self.data_size:
             raise ValueError("there are no data: N = 0.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}.")
+        check_count("batch_size", batch_size)
+        check_count("seed", seed, 0)
+        check_switch("shuffle", shuffle)
+        check_switch("drop_last", drop_last)
         if drop_last and batch_size > self.data_size:
             raise ValueError(f"drop_last leaves no batch: batch_size is {batch_size}, N is {self.data_size}.")
         for name, value in values.items():

@@ -218,7 +218,7 @@ def test_missing_entries_may_be_nan():
         (lambda: Batches(torch.zeros(2), x=torch.zeros(2), batch_size=2), "either by position or by name"),
         (lambda: Batches(torch.zeros(2), torch.zeros(3), batch_size=2), "same number of data; they have .*2.*3"),
         (lambda: Batches(torch.zeros(0, 2), batch_size=2), "no data: N = 0"),
-        (lambda: Batches(torch.zeros(2), batch_size=0), "batch_size must be >= 1, got 0"),
+        (lambda: Batches(torch.zeros(2), batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: Batches(torch.zeros(2), batch_size=3, drop_last=True), "leaves no batch: batch_size is 3, N is 2"),
         (lambda: Batches(torch.zeros(9), batch_size=3).load_state_dict({"position": 5}), "is at batch 5.*has 3"),
     ],

@@ -14,10 +14,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pyro_hvae"
 
-# Each tower from the ground up: a part may import those before it and itself.  Both stand on ``modules``, which
-# imports torch alone.
-PROGRAMS = ["modules", "conjugate", "distributions", "tables", "nn", "kernels", "chains", "diffusion", "models"]
-ESTIMATORS = ["modules", "weights", "problem", "bounds", "factorized", "amortized", "evidence", "diagnostics"]
+# Each tower from the ground up: a part may import those before it and itself.  Both stand on files that import nothing
+# of the package.
+GROUND = ["arguments", "modules"]
+PROGRAMS = [*GROUND, "conjugate", "distributions", "tables", "nn", "kernels", "chains", "diffusion", "models"]
+ESTIMATORS = [*GROUND, "weights", "problem", "bounds", "factorized", "amortized", "evidence", "diagnostics"]
 # What trains, draws and runs may import both towers, and is imported by neither.
 ABOVE = ["data", "plots", "training", "demo", "cli", "__main__", "_version"]
 
@@ -81,6 +82,11 @@ def test_towers_meet_only_at_the_top(path):
     assert imported_parts(path) <= allowed, f"{part} may import {sorted(allowed)} only"
 
 
+@pytest.mark.parametrize("part", GROUND)
+def test_the_ground_imports_nothing_of_the_package(part):
+    assert imported_parts(PACKAGE / f"{part}.py") == set()
+
+
 def test_top_imports_go_one_way():
     """The command line may use all; nothing below uses the command line, and data knows of tables alone."""
     for path in files():
@@ -88,7 +94,7 @@ def test_top_imports_go_one_way():
         if part_of(path) not in ("cli", "__main__"):
             assert "cli" not in parts, path
         if part_of(path) == "data":
-            assert parts <= {"data", "tables"}, path
+            assert parts <= {"arguments", "data", "tables"}, path
 
 
 PROBE = """

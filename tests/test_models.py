@@ -161,11 +161,11 @@ def test_factories_share_their_options():
         ({"scale": "log"}, "'softplus' or 'exp', got 'log'"),
         ({"likelihood": "categorical"}, "needs num_categories="),
         ({"hidden": [(8,), (8,), (8,)]}, "a sequence a layer, 2 of them"),
-        ({"latent_dims": ()}, "at least one and each >= 1"),
-        ({"latent_dims": (3, 0)}, "at least one and each >= 1"),
+        ({"latent_dims": ()}, "at least one; got none"),
+        ({"latent_dims": (3, 0)}, "latent_dims must be at least 1, got 0"),
         ({"event_shape": ()}, "event_shape must hold at least one size"),
-        ({"event_shape": 0}, "event_shape must hold at least one size, all >= 1; got 0"),
-        ({"context_dim": -1}, "context_dim is the width of the context, 0 for none; got -1"),
+        ({"event_shape": 0}, "event_shape must be at least 1, got 0"),
+        ({"context_dim": -1}, "context_dim must be at least 0, got -1"),
     ],
 )
 @pytest.mark.parametrize("factory", [hvae, ladder_vae])
@@ -176,7 +176,7 @@ def test_refuses(factory, options, message):
 
 @pytest.mark.parametrize("shape", [0, (), (3, -1)])
 def test_a_diffusion_refuses_events_without_size(shape):
-    with pytest.raises(ValueError, match="event_shape must hold at least one size"):
+    with pytest.raises(ValueError, match=r"event_shape must (hold|be) at least (one size|1)"):
         vdm(DenoisingMLP(2), event_shape=shape, num_layers=3)
 
 

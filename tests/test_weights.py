@@ -228,7 +228,7 @@ def test_what_cannot_be_diagnosed(log_weights, message):
 def test_the_threshold_falls_with_few_draws():
     assert good_khat(10**6) == 0.7
     assert good_khat(100) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="at least 2 draws, got 1"):
+    with pytest.raises(ValueError, match="num_draws must be at least 2, got 1"):
         good_khat(1)
 
 

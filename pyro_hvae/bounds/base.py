@@ -263,8 +263,10 @@ class Bound(Evaluable):
 
     def __init__(self, num_particles: int = 1, gradient: str = "pathwise") -> None:
         super().__init__(num_particles)
-        if gradient not in self.gradients:
-            raise ValueError(f"{type(self).__name__} has no gradient {gradient!r}; it has {', '.join(self.gradients)}")
+        if not isinstance(gradient, str) or gradient not in self.gradients:
+            raise ValueError(
+                f"{type(self).__name__} has no gradient {gradient!r}; it has {', '.join(self.gradients)}"
+            )
         self.gradient = gradient
 
     @property

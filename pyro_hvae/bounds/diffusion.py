@@ -23,6 +23,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_hvae.arguments import check_choice, check_count
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluation
 from pyro_hvae.bounds.capability import check_capable, check_data, check_same_process, data_of, layer_times
 from pyro_hvae.modules import evaluation_mode
@@ -71,10 +72,8 @@ class DiffusionELBO(Bound):
 
     def __init__(self, num_layers_sampled: int = 1, sampling: str = "antithetic") -> None:
         super().__init__()
-        if num_layers_sampled < 1:
-            raise ValueError(f"num_layers_sampled must be at least 1, got {num_layers_sampled}")
-        if sampling not in SAMPLING:
-            raise ValueError(f"unknown sampling {sampling!r}; there are {', '.join(SAMPLING)}")
+        check_count("num_layers_sampled", num_layers_sampled)
+        check_choice("sampling", sampling, SAMPLING)
         self.num_layers_sampled = num_layers_sampled
         self.sampling = sampling
         if sampling == "importance":

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count, check_number, check_switch
 from pyro_hvae.bounds.base import Estimate, Evaluation, Treatment
 from pyro_hvae.bounds.elbo import layer_terms
 from pyro_hvae.bounds.gradients import averaged, fold, means_of_others, signal, without_each
@@ -150,8 +151,8 @@ class IWELBO(MultiSampleBound):
         chunk_size: int = 256,
     ) -> None:
         super().__init__(num_particles, gradient, chunk_size=chunk_size)
-        if num_repeats < 1:
-            raise ValueError(f"num_repeats must be at least 1, got {num_repeats}")
+        check_count("num_repeats", num_repeats)
+        check_switch("share_globals", share_globals)
         if share_globals and gradient != "pathwise":
             raise ValueError(f"share_globals needs the gradient 'pathwise', got {gradient!r}")
         self.num_repeats = num_repeats
@@ -290,6 +291,7 @@ class VRBound(MultiSampleBound):
     gradients = ("pathwise", "score")
 
     def __init__(self, alpha: float, num_particles: int, gradient: str = "pathwise", *, chunk_size: int = 256) -> None:
+        check_number("alpha", alpha)
         if alpha == 1:
             raise ValueError("VRBound has no alpha = 1; its limit there is the ELBO: use TraceELBO")
         if not (0 <= alpha < math.inf):
@@ -350,11 +352,13 @@ class ThermodynamicBound(MultiSampleBound):
         chunk_size: int = 256,
     ) -> None:
         super().__init__(num_particles, gradient, chunk_size=chunk_size)
-        if isinstance(betas, int):
-            if betas < 1:
-                raise ValueError(f"the number of temperatures must be at least 1, got {betas}")
+        if not isinstance(betas, Sequence) or isinstance(betas, str):
+            check_count("betas, the number of temperatures", betas)
+            assert isinstance(betas, int)
             points = tuple(j / betas for j in range(betas))
         else:
+            for beta in betas:
+                check_number("betas", beta)
             points = tuple(float(beta) for beta in betas)
             points = points[:-1] if points and points[-1] == 1.0 else points
         increasing = all(a < b for a, b in itertools.pairwise(points))  # NaN does not increase

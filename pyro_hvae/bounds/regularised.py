@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count, check_number
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluable, Evaluation
 from pyro_hvae.bounds.elbo import LayerwiseELBO, layer_terms
 from pyro_hvae.bounds.gradients import averaged
@@ -64,6 +65,9 @@ class Regularised(Evaluable):
             raise TypeError("Regularised does not weigh the global draws of IWELBO(share_globals=True)")
         super().__init__(bound.num_particles)
         self.bound = bound
+        for name, value in (("kl_weight", kl_weight), ("free_bits", free_bits)):
+            if not callable(value):
+                check_number(name, value, 0.0)
         self.kl_weight = kl_weight
         self.free_bits = free_bits
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
@@ -175,8 +179,8 @@ def warm_up(steps: int, start: float = 0.0) -> Callable[[Any], Any]:
         >>> warm_up(10)(5), warm_up(10)(torch.tensor(20))
         (0.5, tensor(1.))
     """
-    if steps < 1 or not 0.0 <= start <= 1.0:
-        raise ValueError(f"need steps >= 1 and 0 <= start <= 1, got {steps} and {start}")
+    check_count("steps", steps)
+    check_number("start", start, 0.0, 1.0)
 
     def weight(step: Any) -> Any:
         value = start + (1.0 - start) * step / steps

@@ -21,6 +21,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_number
 from pyro_hvae.bounds.base import Estimate, Evaluable, Evaluation
 from pyro_hvae.bounds.importance import IWELBO
 from pyro_hvae.bounds.weighted import softmax_of, weighted_mean
@@ -119,7 +120,8 @@ class CUBO(_FromAbove):
 
     def __init__(self, order: float = 2, num_particles: int = 100, *, chunk_size: int = 256) -> None:
         super().__init__(num_particles, chunk_size=chunk_size)
-        if not (1 < order < math.inf):
+        check_number("order", order)
+        if not order > 1:
             raise ValueError(
                 f"order must be above 1 and finite, got {order}; for 0 <= 1 - alpha <= 1 use VRBound(alpha)"
             )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count, sequence_of
+
 __all__ = ["batch_size", "check_data_size", "event_sizes"]
 
 
@@ -65,7 +67,9 @@ def event_sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: for no size at all, or one below 1.
     """
-    sizes = (shape,) if isinstance(shape, Integral) else tuple(shape)  # type: ignore[arg-type]
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"event_shape must hold at least one size, all >= 1; got {shape}.")
+    sizes = (shape,) if isinstance(shape, Integral) else tuple(sequence_of("event_shape", shape))
+    if not sizes:
+        raise ValueError("event_shape must hold at least one size, got none.")
+    for size in sizes:
+        check_count("event_shape", size)
     return tuple(int(size) for size in sizes)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hvae.arguments import check_count, check_number
 from pyro_hvae.diagnostics.layers import data_first, draw_runs
 from pyro_hvae.diagnostics.uniformity import Uniformity, uniformity
 from pyro_hvae.problem import Layout, Problem, Run, of_pair, total
@@ -163,11 +164,13 @@ def calibrate(
         >>> print(calibrate(model, guide(scale=0.3), torch.zeros(500)).failures()["z"])
         draws too narrow (p < 0.001)
     """
+    check_count("num_draws", num_draws)
+    check_number("alpha", alpha, 0.0, 1.0, ends="()")
+    if num_simulations is not None:
+        check_count("num_simulations", num_simulations)
     if num_draws < 9:
         raise ValueError(f"num_draws must be at least 9 for a test of ranks, got {num_draws}")
     sets = (100 if fit is not None else 1) if num_simulations is None else num_simulations
-    if sets < 1:
-        raise ValueError(f"num_simulations must be at least 1, got {num_simulations}")
     collected: dict[str, list[Tensor]] = {}
     prior = problem.prior()
     for _ in tqdm(range(sets), disable=not progress, desc="calibrate", unit="data set"):

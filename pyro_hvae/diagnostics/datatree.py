@@ -9,7 +9,7 @@ the plates, and from ``infer={"event_dims": [...]}`` of a site, as NumPyro's con
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from tqdm.auto import tqdm
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.diagnostics.arviz_versions import dataset, library_versions
 from pyro_hvae.diagnostics.groups import Groups
 from pyro_hvae.diagnostics.sources import Source, problems_of, sources_of, sources_of_sampler
@@ -126,8 +127,7 @@ def to_datatree(
         >>> tree["sample_stats"]["log_q_z"].dims
         ('chain', 'draw', 'data')
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    check_count("num_draws", num_draws)
     if chunk_size is not None:
         chunks(num_draws, chunk_size)
     labels = _Labels({} if coords is None else dict(coords), dims, error)
@@ -183,8 +183,8 @@ def collect(
 
 
 def _wanted(groups: Sequence[str] | None) -> frozenset[str]:
-    if isinstance(groups, str):
-        raise ValueError(f"groups is a list of names, got the string {groups!r}")
+    if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):
+        raise ValueError(f"groups is a list of names, got {groups!r}")
     every = (*GROUPS, *NEW_GROUPS)
     unknown = sorted(set(groups or ()) - set(every))
     if unknown:

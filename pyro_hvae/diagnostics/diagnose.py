@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.diagnostics import findings as word
 from pyro_hvae.diagnostics.calibration import calibrate
 from pyro_hvae.diagnostics.datatree import collect
@@ -91,6 +92,7 @@ def diagnose(
                 "and data instead of the tree"
             )
         return _report(_of_tree(model, numbers), numbers)
+    check_count("num_draws", num_draws)
     if num_draws < 100:
         raise ValueError(f"num_draws must be at least 100 for k-hat, got {num_draws}")
     problems = _problems(model, guide, args, kwargs)

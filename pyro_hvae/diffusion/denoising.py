@@ -17,6 +17,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_hvae import distributions
+from pyro_hvae.arguments import check_choice
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
 from pyro_hvae.diffusion.process import Noising, broadcast_level
 from pyro_hvae.diffusion.reverse import ReverseChain
@@ -123,8 +124,9 @@ class DenoisingChain(ReverseChain):
         name: str = "model",
         plate: str = "data",
     ) -> None:
-        if parameterisation not in PARAMETERISATIONS:
-            raise ValueError(f"unknown parameterisation {parameterisation!r}; there are {', '.join(PARAMETERISATIONS)}")
+        check_choice("parameterisation", parameterisation, PARAMETERISATIONS)
+        if not isinstance(denoiser, nn.Module):
+            raise TypeError(f"denoiser must be a torch.nn.Module, got {denoiser!r}")
         if num_layers is not None:
             schedule.grid(num_layers)
         super().__init__(

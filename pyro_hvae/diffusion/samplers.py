@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_count, check_number
 from pyro_hvae.diffusion.denoising import DenoisingChain
 from pyro_hvae.diffusion.process import Noising
 
@@ -44,8 +45,7 @@ def ddim(
     Raises:
         ValueError: for ``num_steps < 1`` or eta outside of [0, 1].
     """
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    check_number("eta", eta, 0.0, 1.0)
 
     def step(lower: Noising, upper: Noising, z: Tensor, *_: Any) -> Tensor:
         eps = model.predict(z, upper.gamma, context, target="eps")
@@ -165,8 +165,8 @@ def _solve(
     context: Any,
     mean: bool,
 ) -> Tensor:
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    check_count("num_steps", num_steps)
+    check_count("size", size)
 
     if not isinstance(model, DenoisingChain):
         raise TypeError(

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_count, check_number
+
 __all__ = ["CosineSchedule", "LearnedSchedule", "LinearSchedule", "MonotoneSchedule", "Schedule"]
 
 
@@ -59,8 +61,7 @@ class Schedule(nn.Module):
             >>> LinearSchedule().grid(3).tolist()
             [0.0, 0.5, 1.0]
         """
-        if num_layers < 1:
-            raise ValueError(f"a diffusion has at least one layer, got num_layers={num_layers}")
+        check_count("num_layers", num_layers)
         return torch.linspace(0.0, 1.0, num_layers) if num_layers > 1 else torch.ones(1)
 
 
@@ -70,7 +71,9 @@ def check_ends(gamma_min: float, gamma_max: float) -> None:
     Raises:
         ValueError: with both ends.
     """
-    if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
+    check_number("gamma_min", gamma_min)
+    check_number("gamma_max", gamma_max)
+    if not gamma_min < gamma_max:
         raise ValueError(
             f"gamma = -log SNR must increase from a finite gamma_min to a finite gamma_max, got "
             f"{gamma_min} and {gamma_max}"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.evidence.bases import base_problem
 from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.path import Path
@@ -169,8 +170,7 @@ def anneal(
         >>> bool((estimate - torch.tensor([-1.2655, -2.2655])).abs().max() < 0.1)
         True
     """
-    if num_chains < 1:
-        raise ValueError(f"num_chains must be at least 1, got {num_chains}")
+    check_count("num_chains", num_chains)
     start = base_problem(problem, base)
     if moves is None:
         moves = tuned_moves(start, num_chains, betas, num_leapfrog, num_moves)

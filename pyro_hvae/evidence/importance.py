@@ -20,6 +20,7 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hvae.arguments import check_choice, check_count
 from pyro_hvae.bounds.smc import SMCBound
 from pyro_hvae.evidence.annealed import run_chains, tuned_moves
 from pyro_hvae.evidence.bases import base_problem, drawn_prior
@@ -141,8 +142,10 @@ def log_evidence(
         >>> log_evidence(model, guide(scale=1.0), torch.tensor([0.0, 2.0])).value.round(decimals=1)
         tensor([-1.3000, -2.3000])
     """
-    if method not in _METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(_METHODS)}")
+    check_choice("method", method, _METHODS)
+    check_count("num_samples", num_samples)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     least = 1 if method == "enumerate" else 10
     if num_samples < least or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"need num_samples >= {least} and chunk_size >= 1, got {num_samples} and {chunk_size}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.evidence.annealed import Chains, run_chains, tuned_moves
 from pyro_hvae.evidence.bases import base_problem
 from pyro_hvae.evidence.path import Path
@@ -101,6 +102,7 @@ def evidence_sandwich(
         >>> bool(((bracket.lower <= exact) & (exact <= bracket.upper)).all()), bracket.upper_is_bound
         (True, True)
     """
+    check_count("num_chains", num_chains)
     if num_chains < 2:
         raise ValueError(f"a standard error needs num_chains >= 2, got {num_chains}")
     if resample:

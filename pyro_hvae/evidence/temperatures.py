@@ -29,7 +29,7 @@ def temperatures(betas: int | str | Sequence[float] | Tensor, num: int = 100) ->
     if isinstance(betas, str) and betas in ("linear", "sigmoid"):
         return temperatures(num) if betas == "linear" else sigmoid_temperatures(num)
     if isinstance(betas, Integral):
-        if betas < 1:
+        if isinstance(betas, bool) or betas < 1:
             raise ValueError(f"the number of temperature steps must be at least 1, got {betas}")
         return torch.linspace(0.0, 1.0, int(betas) + 1, dtype=torch.float64)
     if betas is None or isinstance(betas, (str, float)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.factorized.gaussian import Gaussian, gaussian_posterior
 from pyro_hvae.factorized.sites import Latents
 from pyro_hvae.factorized.tables import Configurations, configurations
@@ -26,5 +27,6 @@ def exact_posterior(problem: Problem, latents: Latents) -> Configurations | Gaus
 
 def check_num_samples(num_samples: int) -> None:
     """Refuse fewer than 100 draws."""
+    check_count("num_samples", num_samples)
     if num_samples < 100:
         raise ValueError(f"moments and tails need at least 100 draws, got num_samples={num_samples}")

@@ -10,6 +10,8 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_count
+
 __all__ = ["Kernel", "WithoutContext", "halves", "join", "pieces", "takes_context"]
 
 
@@ -31,8 +33,7 @@ class Kernel(PyroModule):
 
     def __init__(self, net: nn.Module | None = None, event_dim: int = 1) -> None:
         super().__init__()
-        if event_dim < 0:
-            raise ValueError(f"event_dim must be >= 0, got {event_dim}.")
+        check_count("event_dim", event_dim, 0)
         if net is not None and not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}.")
         self.event_dim = event_dim

@@ -12,6 +12,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
 from pyro_hvae import distributions
+from pyro_hvae.arguments import check_count, check_switch
 from pyro_hvae.kernels.base import Kernel, halves
 
 __all__ = ["Bernoulli", "Categorical", "DiscretizedLogistic", "NegativeBinomial", "Poisson", "Transition"]
@@ -62,8 +63,8 @@ class Categorical(Kernel):
         enumerate: bool = False,
     ) -> None:
         super().__init__(net, event_dim)
-        if num_categories is not None and num_categories < 1:
-            raise ValueError(f"num_categories must be >= 1, got {num_categories}.")
+        if num_categories is not None:
+            check_count("num_categories", num_categories)
         if enumerate and event_dim:
             raise ValueError(
                 f"enumerate=True sums over one variable a datum, but event_dim={event_dim} makes a product "
@@ -116,8 +117,12 @@ class Transition(Kernel):
     ) -> None:
         super().__init__(None, 0)
         shape = (num_states,) if num_parents is None else (num_parents, num_states)
-        if min(shape) < 1:
-            raise ValueError(f"numbers of states must be >= 1, got {shape}.")
+        for name, count in zip(("num_states", "num_parents"), reversed(shape)):
+            check_count(name, count)
+        check_switch("enumerate", enumerate)
+        check_switch("learn", learn)
+        if probs is not None and not isinstance(probs, Tensor):
+            raise ValueError(f"probs must be a tensor, got {probs!r}.")
         if probs is None:
             logits = 0.1 * torch.randn(shape)
         elif probs.shape != shape:

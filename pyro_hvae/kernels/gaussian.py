@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_choice, check_count, check_number, check_switch
 from pyro_hvae.kernels.base import Kernel, halves, join
 
 __all__ = ["Gaussian", "LinearGaussian", "StandardNormal"]
@@ -31,8 +32,8 @@ class StandardNormal(Kernel):
 
     def __init__(self, *event_shape: int) -> None:
         super().__init__(None, len(event_shape))
-        if any(size < 1 for size in event_shape):
-            raise ValueError(f"every size of the event shape must be >= 1, got {event_shape}.")
+        for size in event_shape:
+            check_count("every size of the event shape", size)
         self.register_buffer("loc", torch.zeros(event_shape), persistent=False)
         self.register_buffer("scale", torch.ones(event_shape), persistent=False)
 
@@ -67,12 +68,10 @@ class Gaussian(Kernel):
 
     def __init__(self, net: nn.Module, event_dim: int = 1, *, scale: str = "softplus", min_scale: float = 1e-3) -> None:
         super().__init__(net, event_dim)
-        if event_dim < 1:
+        if event_dim == 0:
             raise ValueError("Gaussian needs event_dim >= 1: mu and r are the two halves of the first event dim.")
-        if scale not in ("softplus", "exp"):
-            raise ValueError(f"scale must be 'softplus' or 'exp', got {scale!r}.")
-        if not 0.0 < min_scale < 1.0:
-            raise ValueError(f"min_scale must lie in (0, 1), got {min_scale}.")
+        check_choice("scale", scale, ("softplus", "exp"))
+        check_number("min_scale", min_scale, 0.0, 1.0, ends="()")
         self.scale_rule = scale
         self.min_scale = min_scale
         self._shift = math.log(math.expm1(1.0 - min_scale))
@@ -130,8 +129,9 @@ class LinearGaussian(Kernel):
         learn: bool = True,
     ) -> None:
         super().__init__(None, 1)
-        if in_features < 0 or out_features < 1:
-            raise ValueError(f"need in_features >= 0 and out_features >= 1, got {in_features} and {out_features}.")
+        check_count("in_features", in_features, 0)
+        check_count("out_features", out_features)
+        check_switch("learn", learn)
         if covariance is not None and scale is not None:
             raise ValueError("give covariance= (full) or scale= (diagonal), not both.")
         self.in_features, self.out_features = in_features, out_features
@@ -147,6 +147,8 @@ class LinearGaussian(Kernel):
             self._hold("bias", start, (out_features,), learn)
         self.full = covariance is not None
         if covariance is not None:
+            if not isinstance(covariance, Tensor):
+                raise ValueError(f"covariance must be a tensor, got {covariance!r}.")
             if covariance.shape != (out_features, out_features):
                 raise ValueError(
                     f"covariance must have shape {(out_features, out_features)}, got {tuple(covariance.shape)}."
@@ -155,6 +157,8 @@ class LinearGaussian(Kernel):
             packed = factor.tril(-1) + factor.diagonal().log().diag_embed()
             self._hold("tril", packed, (out_features, out_features), learn)
         else:
+            if not isinstance(scale, Tensor):
+                check_number("scale", 1.0 if scale is None else scale, 0.0, ends="()")
             deviations = torch.as_tensor(1.0 if scale is None else scale, dtype=weight.dtype)
             if not bool(((deviations > 0) & torch.isfinite(deviations)).all()):
                 raise ValueError(
@@ -163,8 +167,12 @@ class LinearGaussian(Kernel):
             self._hold("log_scale", deviations.log().expand(out_features), (out_features,), learn)
 
     def _hold(self, name: str, value: Tensor, shape: tuple[int, ...], learn: bool) -> None:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {value!r}.")
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} must be finite, got {value.tolist()}.")
         value = value.detach().clone()
         if learn:
             setattr(self, name, nn.Parameter(value))

@@ -18,12 +18,13 @@ data: ``model.factory == {"factory": "pyro_hvae.models.hvae", "args": {...}}``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_choice, check_count, sequence_of
 from pyro_hvae.chains import BottomUp, Ladder, LadderEvidence, TopDown
 from pyro_hvae.chains.arguments import event_sizes
 from pyro_hvae.chains.sequence_models import deep_markov, variational_rnn
@@ -213,12 +214,13 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
     sizes = ("event_shape", "latent_dim", "latent_dims")
     shapes: dict[str, Any] = {name: args.pop(name) for name in sizes if name in args}
     args = {**shapes, **_DEFAULTS, **args}
-    dims = list(dims)
-    if not dims or min(dims) < 1:
-        raise ValueError(f"latent_dims holds the widths of z_1, ..., z_T, at least one and each >= 1; got {dims}.")
+    dims = sequence_of("latent_dims", dims)
+    if not dims:
+        raise ValueError("latent_dims holds the widths of z_1, ..., z_T, at least one; got none.")
+    for width in dims:
+        check_count("latent_dims" if "latent_dims" in shapes else "latent_dim", width)
     event = event_sizes(args["event_shape"])
-    if args["context_dim"] < 0:
-        raise ValueError(f"context_dim is the width of the context, 0 for none; got {args['context_dim']}.")
+    check_count("context_dim", args["context_dim"], 0)
     activation = _choose("activation", args["activation"], ACTIVATIONS)
     likelihood, count = _choose("likelihood", args["likelihood"], LIKELIHOODS)
     hidden = _layers(args["hidden"], len(dims))
@@ -299,9 +301,12 @@ def _width(shape: int | tuple[int, ...]) -> int:
 
 def _layers(hidden: Hidden, depth: int) -> list[list[int]]:
     """Return the hidden widths, one list a layer."""
-    entries: list[Any] = list(hidden)
+    entries = sequence_of("hidden", hidden)
     if all(isinstance(width, int) for width in entries):
         return [list(entries) for _ in range(depth)]
+    for width in entries:
+        if not isinstance(width, Iterable):
+            check_count("hidden", width)
     if any(isinstance(width, int) for width in entries) or len(entries) != depth:
         raise ValueError(
             f"hidden is one sequence of widths for all layers, or a sequence a layer, {depth} of them; got {hidden}."
@@ -310,8 +315,7 @@ def _layers(hidden: Hidden, depth: int) -> list[list[int]]:
 
 
 def _choose(what: str, name: str, choices: dict[str, Any]) -> Any:
-    if name not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, sorted(choices)))}; got {name!r}.")
+    check_choice(what, name, sorted(choices))
     return choices[name]
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.nn.layers import flatten_leading
 
 __all__ = ["Conditioning", "DenoisingMLP", "TimeEmbedding", "UNet"]
@@ -74,6 +75,10 @@ class DenoisingMLP(nn.Module):
         out_features: int | None = None,
     ) -> None:
         super().__init__()
+        check_count("features", features)
+        check_count("hidden", hidden, 4)
+        check_count("num_layers", num_layers)
+        check_count("context_features", context_features, 0)
         self.conditioning = Conditioning(hidden, context_features)
         self.input = nn.Linear(features, hidden)
         self.layers = nn.ModuleList(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from pyro_hvae.arguments import check_count
 
 __all__ = ["MLP", "Flattened", "fill", "flatten_leading", "logit_of_mean", "xavier_"]
 
@@ -42,9 +44,13 @@ class MLP(nn.Module):
         output_bias: Tensor | float | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(hidden, str) or not isinstance(hidden, Iterable):
+            raise ValueError(f"hidden must be a sequence of widths, got {hidden!r}.")
+        if not callable(activation):
+            raise ValueError(f"activation must be a class such as torch.nn.Tanh, got {activation!r}.")
         widths = [in_features, *hidden, out_features]
-        if min(widths) < 1:
-            raise ValueError(f"every width must be >= 1, got {widths}.")
+        for width in widths:
+            check_count("every width", width)
         layers: list[nn.Module] = []
         for left, right in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(left, right), activation()]

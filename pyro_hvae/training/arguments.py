@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_count, check_switch
 from pyro_hvae.training.feed import Batch, Feed, TensorFeed, rows_of
 
-__all__ = ["check_batch", "check_bound", "check_counts", "check_data_size", "check_switches", "dtypes_differ"]
+__all__ = [
+    "arguments_differ",
+    "check_batch",
+    "check_bound",
+    "check_counts",
+    "check_data_size",
+    "check_functions",
+    "check_switches",
+    "dtypes_differ",
+]
 
 
 def check_bound(bound: Any) -> None:
@@ -35,10 +46,7 @@ def check_counts(*, epochs: Any, steps: Any, seed: Any, **counts: Any) -> None:
     for name, value in {"epochs": epochs, "steps": steps, **counts}.items():
         if value is None:
             continue
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ValueError(f"{name} must be an integer, got {value!r}: round it, or leave {name} out")
-        if int(value) < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count(name, value)
     if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**63):
         raise ValueError(f"seed must be an integer of at least 0 and below 2**63, got {seed!r}")
 
@@ -50,10 +58,41 @@ def check_switches(compile: Any, **switches: Any) -> None:
         ValueError: naming the argument and its value.
     """
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+        check_switch(name, value)
     if not isinstance(compile, (bool, Mapping)):
         raise ValueError(f"compile must be True, False or a mapping of options, got {compile!r}")
+
+
+def check_functions(transform: Any, callbacks: Any) -> None:
+    """Refuse a transform that can't be called, and callbacks that are no sequence.
+
+    Raises:
+        TypeError: naming the argument and its value.
+    """
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform must be a function of a batch, got {transform!r}")
+    if isinstance(callbacks, str) or not isinstance(callbacks, Sequence):
+        raise TypeError(f"callbacks must be a list of callbacks, got {callbacks!r}")
+
+
+def arguments_differ(model: Any, guide: Any, example: Batch) -> str:
+    """Describe arguments that a program does not take; empty if both take those of a batch."""
+    args, kwargs = example
+    for which, program in (("model", model), ("guide", guide)):
+        target = program.forward if isinstance(program, nn.Module) else program
+        try:
+            signature = inspect.signature(target)
+        except (TypeError, ValueError):
+            continue
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            given = [*[f"argument {place + 1}" for place in range(len(args))], *kwargs]
+            return (
+                f"the data are passed as {', '.join(given)}, and the {which} takes {signature}: {error}. Pass a tensor "
+                "or a tuple for positional arguments, a mapping from names to tensors for keywords"
+            )
+    return ""
 
 
 def check_data_size(data_size: int | None, batches: Feed) -> None:

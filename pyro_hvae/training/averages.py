@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pyro_hvae.arguments import check_number
+
 __all__ = ["Averages"]
 
 
@@ -33,8 +35,7 @@ class Averages:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"the decay of a moving average must be in [0, 1), got {decay}")
+        check_number("ema, the decay of a moving average,", decay, 0.0, 1.0, ends="[)")
         self.decay = decay
         self._own = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._own.items()}

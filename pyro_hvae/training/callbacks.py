@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm.auto import tqdm
 
+from pyro_hvae.arguments import check_count, check_number
+
 if TYPE_CHECKING:
     from pyro_hvae.training.loop import Run
 
@@ -147,10 +149,10 @@ class EarlyStopping:
     """
 
     def __init__(self, patience: int, *, monitor: str = "validation_loss", min_delta: float = 0.0) -> None:
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
-        if min_delta < 0:
-            raise ValueError(f"min_delta must be at least 0, got {min_delta}")
+        check_count("patience", patience)
+        check_number("min_delta", min_delta, 0.0)
+        if not isinstance(monitor, str) or not monitor:
+            raise ValueError(f"monitor must be the name of a recorded quantity, got {monitor!r}")
         self.patience, self.monitor, self.min_delta = patience, monitor, min_delta
         self.best, self.waited = math.inf, 0
 

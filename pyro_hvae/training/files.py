@@ -7,11 +7,25 @@ import os
 import secrets
 from pathlib import Path
 
-__all__ = ["CheckpointError", "digest", "inside", "sync", "write", "write_atomically"]
+__all__ = ["CheckpointError", "as_directory", "digest", "inside", "sync", "write", "write_atomically"]
 
 
 class CheckpointError(ValueError):
     """Error: a file is no checkpoint, is damaged, or belongs to another architecture or another run."""
+
+
+def as_directory(run_dir: str | os.PathLike[str]) -> Path:
+    """Return the path of a run directory.
+
+    Raises:
+        TypeError: for what is no path.
+        ValueError: for an empty one, or one with a null character.
+    """
+    if not isinstance(run_dir, (str, os.PathLike)):
+        raise TypeError(f"run_dir must be the path of a directory, got {run_dir!r}")
+    if not str(run_dir) or "\0" in str(run_dir):
+        raise ValueError(f"run_dir must be the path of a directory, got {str(run_dir)!r}")
+    return Path(run_dir)
 
 
 def digest(path: Path) -> str:

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.bounds.base import Objective
 from pyro_hvae.problem.reading import read_data
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.arguments import (
+    arguments_differ,
     check_batch,
     check_bound,
     check_counts,
     check_data_size,
+    check_functions,
     check_switches,
     dtypes_differ,
 )
@@ -28,6 +31,7 @@ from pyro_hvae.training.compile import CompiledStep
 from pyro_hvae.training.directory import RunDirectory
 from pyro_hvae.training.distributed import Ranks, seed_rank
 from pyro_hvae.training.feed import Batch, Feed, as_batch, feed
+from pyro_hvae.training.files import as_directory
 from pyro_hvae.training.history import History
 from pyro_hvae.training.loop import Data, Records, Run, Steps
 from pyro_hvae.training.objective import PairObjective
@@ -193,8 +197,9 @@ def fit(
         compile, shuffle=shuffle, drop_last=drop_last, resume=resume == "anyway" or resume, progress=progress,
         tensorboard=tensorboard,
     )  # fmt: skip
+    check_functions(transform, callbacks)
     ranks = Ranks(fabric)
-    directory = None if run_dir is None else Path(run_dir)
+    directory = None if run_dir is None else as_directory(run_dir)
     if tensorboard and directory is None:
         raise ValueError("tensorboard=True writes under run_dir: pass run_dir")
     settings: dict[str, Any] = {"bound": describe(bound)}  # its first use may set attributes
@@ -213,8 +218,8 @@ def fit(
         size = data_size if data_size is not None else whole.data_size
         try:
             objective = PairObjective(bound, model, guide, *example, size)
-        except RuntimeError as error:
-            if what := dtypes_differ(model, guide, example):
+        except (RuntimeError, ValueError, TypeError) as error:
+            if what := arguments_differ(model, guide, example) or dtypes_differ(model, guide, example):
                 raise TypeError(what) from error
             raise
         require_scale(objective, example, batches, size)
@@ -238,7 +243,7 @@ def fit(
             options = dict(compile) if isinstance(compile, Mapping) else {}
             step = CompiledBatches(CompiledStep(cast, own_optimizer, clip_norm=clip_norm, **options))
         averages = None if ema is None else Averages(objective, ema)
-        own_schedule = None if schedule is None else schedule(own_optimizer)
+        own_schedule = None if schedule is None else _schedule(schedule, own_optimizer)
         if directory is not None:
             settings |= {
                 "schedule": describe_schedule(own_schedule), "data": describe_feed(whole), "data_size": size,
@@ -296,8 +301,8 @@ def fit_restarts(
     Returns:
         The results, in order.  The generators are restored afterwards.
     """
-    if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    check_count("restarts", restarts)
+    check_count("seed", seed, 0)
     run_dir = options.pop("run_dir", None)
     results = []
     for number in range(restarts):
@@ -307,6 +312,16 @@ def fit_restarts(
             where = None if run_dir is None else Path(run_dir) / f"restart-{number}"
             results.append(fit(model, guide, data, run_dir=where, **options))
     return results
+
+
+def _schedule(schedule: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Any:
+    made = schedule(optimizer) if callable(schedule) else schedule
+    if not (hasattr(made, "step") and hasattr(made, "state_dict")):
+        raise TypeError(
+            "schedule must be a function from the optimiser to a scheduler of torch.optim.lr_scheduler, got "
+            f"{schedule!r}, which gives {type(made).__name__}"
+        )
+    return made
 
 
 def _seed(place: RunDirectory) -> int:

@@ -25,6 +25,7 @@ from pyro_hvae.training.checkpoint import (
     read_weights,
     restore_weights,
 )
+from pyro_hvae.training.files import as_directory
 from pyro_hvae.training.trust import check_trusted
 
 __all__ = ["build", "constraint_from", "constraint_record", "factory_record", "hold", "load"]
@@ -110,7 +111,7 @@ def load(
         UntrustedError: naming what would be called, where it is not of this library; a ``CheckpointError`` too.
         CheckpointError: naming the file, if it is missing, damaged, or of another architecture.
     """
-    run_dir = Path(run_dir)
+    run_dir = as_directory(run_dir)
     config = read_config(run_dir)
     path = find(run_dir, which, config.get("run"))
     weights = read_weights(path)

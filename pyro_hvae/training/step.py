@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_number
 from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.training.compile import CompiledStep
 from pyro_hvae.training.compile.update import missing_parameters
@@ -34,8 +35,8 @@ class EagerStep:
         clip_norm: float | None = None,
         fabric: Any = None,
     ) -> None:
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        if clip_norm is not None:
+            check_number("clip_norm", clip_norm, 0.0, ends="()")
         self.objective = objective
         self.optimizer = optimizer
         self.clip_norm = clip_norm

@@ -6,6 +6,10 @@ chunks; the results do not depend on the size of a chunk, apart from the random 
 
 from __future__ import annotations
 
+from numbers import Integral
+
+from pyro_hvae.arguments import check_count
+
 __all__ = ["chunks", "default_chunk"]
 
 _ENTRIES = 20_000
@@ -29,10 +33,11 @@ def chunks(num_draws: int, chunk_size: int | None = None) -> list[int]:
         >>> chunks(1000, 300)
         [300, 300, 300, 100]
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    check_count("num_draws", num_draws)
     if chunk_size is None:
         return [num_draws]
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
+        check_count("chunk_size", chunk_size)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; None runs all draws at once")
     whole, rest = divmod(num_draws, chunk_size)

@@ -122,6 +122,8 @@ def check_weights(log_weights: Tensor, dim: int = 0) -> None:
 
 def _count(log_weights: Tensor, dim: int, least: int) -> int:
     """Return the number of draws; refuse too few."""
+    if not isinstance(log_weights, Tensor):
+        raise TypeError(f"log_weights must be a tensor, got {type(log_weights).__name__}")
     count = log_weights.shape[dim] if log_weights.dim() else 0
     if count < least:
         raise ValueError(

@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.weights.lattice import lattice_khat
 from pyro_hvae.weights.means import check_weights
 from pyro_hvae.weights.tail import (
@@ -103,13 +104,14 @@ def good_khat(num_draws: int) -> float:
         >>> round(good_khat(100), 2), good_khat(10_000)
         (0.5, 0.7)
     """
-    if num_draws < 2:
-        raise ValueError(f"need at least 2 draws, got {num_draws}")
+    check_count("num_draws", num_draws, 2)
     return min(1 - 1 / math.log10(num_draws), 0.7)
 
 
 def _rows(log_weights: Tensor, dim: int) -> Tensor:
     """Check log-weights, and reshape them to ``(R, S)``."""
+    if not isinstance(log_weights, Tensor):
+        raise TypeError(f"log_weights must be a tensor, got {type(log_weights).__name__}")
     if not log_weights.is_floating_point():
         raise TypeError(f"log_weights are {log_weights.dtype}; give floating-point numbers, log_weights.double()")
     count = log_weights.shape[dim] if log_weights.dim() else 1

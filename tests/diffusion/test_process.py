@@ -107,7 +107,7 @@ def test_ends_in_the_wrong_order(make):
 def test_a_function_that_turns_back():
     with pytest.raises(ValueError, match=r"at t = 0\.50"):
         MonotoneSchedule(lambda t: -((t - 0.5) ** 2))
-    with pytest.raises(ValueError, match="at least one layer"):
+    with pytest.raises(ValueError, match="num_layers must be at least 1"):
         Diffusion(LinearSchedule(), num_layers=0)
 
 

@@ -123,7 +123,7 @@ def improper(x):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (gaussian, {"method": "magic"}, "unknown method 'magic'"),
+        (gaussian, {"method": "magic"}, "method must be one of .*, got 'magic'"),
         (gaussian, {"num_samples": 3}, "num_samples >= 10"),
         (lambda x: pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1), obs=x), {}, "no latent|same latent"),
         (improper, {}, "NaN or \\+inf|improper"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import check_choice, check_count, check_number, check_switch
 from pyro_hvae.training.compile.graph import (
     FlatGraph,
     batch_key,
@@ -127,18 +127,12 @@ class CompileOptions:
     check: bool = True
 
     def __post_init__(self) -> None:
-        steps, clip_norm = self.steps, self.clip_norm
-        if self.backend not in ("inductor", "eager"):
-            raise ValueError(f"backend must be 'inductor' or 'eager', got {self.backend!r}")
-        if self.noise not in ("eager", "fused"):
-            raise ValueError(f"noise must be 'eager' or 'fused', got {self.noise!r}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
-        if not isinstance(self.check, bool):
-            raise ValueError(f"check must be True or False, got {self.check!r}")
-        number = isinstance(clip_norm, (int, float)) and not isinstance(clip_norm, bool)
-        if clip_norm is not None and not (number and 0.0 < clip_norm < math.inf):
-            raise ValueError(f"clip_norm must be a positive finite number or None, got {clip_norm!r}")
+        check_choice("backend", self.backend, ("inductor", "eager"))
+        check_choice("noise", self.noise, ("eager", "fused"))
+        check_count("steps", self.steps)
+        check_switch("check", self.check)
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, 0.0, ends="()")
 
 
 class CompiledStep:
