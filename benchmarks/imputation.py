@@ -51,7 +51,7 @@ def half_missing(name: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 def vae_imputations(seen: pd.DataFrame, seed: int, epochs: int) -> ph.tables.Imputations:
     """Draws of the missing entries by a VAE that is trained on the others."""
     torch.manual_seed(seed)
-    latent_dim, families = min(10, seen.shape[1] // 2), dict.fromkeys(seen.columns, "gaussian")
+    latent_dim, families = min(10, seen.shape[1]), dict.fromkeys(seen.columns, "gaussian")
     model, guide = ph.table_vae(seen, latent_dim, families=families, hidden=(64, 64), min_scale=0.2)
     ph.fit(
         model, guide, seen, bound=ph.IWELBO(num_particles=20), epochs=epochs, batch_size=64, progress=False,

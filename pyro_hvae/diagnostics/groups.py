@@ -170,7 +170,7 @@ def _unconstrained(run: Run, sites: TreeSites) -> dict[str, np.ndarray]:
     """Return continuous latents on the real line, by the bijection of Pyro's samplers and AutoGuides."""
     values = {}
     for name in sites.role("latent"):
-        support = run.model_trace.nodes[name]["fn"].support
+        support = _support(run.model_trace.nodes[name]["fn"])
         if support.is_discrete:
             continue
         bijection = biject_to(support)
@@ -181,11 +181,19 @@ def _unconstrained(run: Run, sites: TreeSites) -> dict[str, np.ndarray]:
     return values
 
 
+def _support(fn: Any) -> Any:
+    """Return the support of a distribution; of a mixture that of its components, which has a map to the real line."""
+    support = fn.support
+    while type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint
+    return support
+
+
 def unconstrained_shapes(run: Run, sites: TreeSites) -> dict[str, tuple[int, ...]]:
     """Return event shapes on the real line, which may lack an entry (a simplex) or a dim (a covariance)."""
     shapes = {}
     for name in sites.role("latent"):
-        support = run.model_trace.nodes[name]["fn"].support
+        support = _support(run.model_trace.nodes[name]["fn"])
         if not support.is_discrete:
             value = torch.Size(sites[name].shape)
             shapes[name] = tuple(biject_to(support).inverse_shape(value))[len(sites[name].plates) :]

@@ -18,6 +18,9 @@ context)`` where the ``forward`` of ``net`` names two positional arguments, else
 
 **Tables.** :class:`Columns` has one kernel a column, over the features that one network yields.
 
+**Priors.** :class:`MixturePrior`, :class:`VampPrior` and :class:`FlowPrior` take the place of ``StandardNormal`` at the
+top of a chain.
+
 **Events.** ``event_dim`` dims on the right belong to one datum. A network that yields two parameters a
 variable (``Gaussian``, ``NegativeBinomial``, ``DiscretizedLogistic``, ``Gamma``, ...) yields them side by side along
 the *first event dim*: for vectors the last dim, 2d wide; for images with ``event_dim=3`` the channels.
@@ -40,6 +43,7 @@ from pyro_hvae.kernels.discrete import (
 from pyro_hvae.kernels.flow import Flow
 from pyro_hvae.kernels.gaussian import Gaussian, LinearGaussian, StandardNormal
 from pyro_hvae.kernels.graded import Ordinal, ZeroInflated
+from pyro_hvae.kernels.priors import FlowPrior, MixturePrior, VampPrior
 
 __all__ = [
     "Bernoulli",
@@ -48,17 +52,20 @@ __all__ = [
     "Columns",
     "DiscretizedLogistic",
     "Flow",
+    "FlowPrior",
     "Gamma",
     "Gaussian",
     "Kernel",
     "LinearGaussian",
     "LogNormal",
+    "MixturePrior",
     "NegativeBinomial",
     "Ordinal",
     "Poisson",
     "StandardNormal",
     "StudentT",
     "Transition",
+    "VampPrior",
     "WithoutContext",
     "ZeroInflated",
 ]

@@ -40,9 +40,9 @@ from pyro_hvae.kernels import (
     Gaussian,
     NegativeBinomial,
     Poisson,
-    StandardNormal,
 )
 from pyro_hvae.kernels.base import join
+from pyro_hvae.models.priors import check_prior, make_prior
 from pyro_hvae.models.tables import table_vae
 from pyro_hvae.nn import MLP, xavier_
 
@@ -96,6 +96,10 @@ class PairOptions(TypedDict, total=False):
             ``"softplus"``.
         scale: the map from a network's output to a standard deviation, ``"softplus"`` (the default) or ``"exp"``.
         context_dim: width of the context of both programs, 0 (the default) for none.
+        prior: of the top latent, ``"standard_normal"`` (the default), ``"mixture"`` of Gaussians, ``"vamp"`` (mixture
+            of the guide's posteriors at learned inputs) or ``"flow"``; not for :func:`ladder_vae`, whose guide
+            multiplies Gaussians.
+        num_components: of the priors ``"mixture"`` and ``"vamp"``, 20 by default.
         num_bins, low, high: of ``"discretized_logistic"``.
         num_categories: of ``"categorical"``.
         min_scale: of ``"gaussian"``.
@@ -106,6 +110,8 @@ class PairOptions(TypedDict, total=False):
     activation: str
     scale: str
     context_dim: int
+    prior: str
+    num_components: int
     num_bins: int
     low: float
     high: float
@@ -226,6 +232,8 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
     hidden = _layers(args["hidden"], len(dims))
     context = args["context_dim"]
     options = {name: value for name, value in args.items() if name not in shapes and name not in _DEFAULTS}
+    prior, components = options.pop("prior", "standard_normal"), options.pop("num_components", None)
+    check_prior(prior, components, context, ladder=family is Ladder)
     scale = args["scale"]
 
     def net(before: int | tuple[int, ...], after: int | tuple[int, ...], widths: Sequence[int]) -> nn.Module:
@@ -244,9 +252,14 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
         Gaussian(net(above, 2 * here, widths[::-1]), scale=scale, min_scale=floor)
         for here, above, widths in zip(dims, dims[1:], hidden[1:])
     ]
-    kernels: dict[str, nn.Module] = {f"z{len(dims)}": StandardNormal(dims[-1])}
+    observed = likelihood(net(dims[0], out, hidden[0][::-1]), len(event), **options)
+    below: list[Any] = [event, *dims]
+    encoders = [
+        Gaussian(net(below[t], 2 * dims[t], hidden[t]), scale=scale) for t in range(len(dims)) if family is BottomUp
+    ]
+    kernels: dict[str, nn.Module] = {f"z{len(dims)}": make_prior(prior, dims[-1], encoders, below[-2], components)}
     kernels.update({f"z{t}": decoders[t - 1] for t in range(len(dims) - 1, 0, -1)})
-    kernels["x"] = likelihood(net(dims[0], out, hidden[0][::-1]), len(event), **options)
+    kernels["x"] = observed
 
     model = TopDown(**kernels)  # type: ignore[arg-type]
 
@@ -265,9 +278,7 @@ def _pair(factory: str, args: dict[str, Any], dims: Sequence[int], family: type)
         }
         guide = Ladder(model, **evidence)
     else:
-        below: list[Any] = [event, *dims]
-        encoders = [net(below[t], 2 * dims[t], hidden[t]) for t in range(len(dims))]
-        guide = BottomUp(**{f"z{t + 1}": Gaussian(encoder, scale=scale) for t, encoder in enumerate(encoders)})
+        guide = BottomUp(**{f"z{t + 1}": encoder for t, encoder in enumerate(encoders)})
     record = {"factory": f"pyro_hvae.models.{factory}", "args": _as_lists(args)}
     model.factory = guide.factory = record
     return model, guide

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from pyro_hvae.chains import BottomUp, TopDown
-from pyro_hvae.kernels import Columns, Gaussian, StandardNormal
+from pyro_hvae.kernels import Columns, Gaussian
 from pyro_hvae.kernels.heads import column_kernels
+from pyro_hvae.models.priors import make_prior
 from pyro_hvae.nn import MLP, TableEncoder, xavier_
 from pyro_hvae.tables import Schema, Table, is_frame, table
 
@@ -25,7 +26,8 @@ def table_vae(
     families: Mapping[str, str] | None = None,
     hidden: Sequence[int] = (128, 128),
     activation: str = "relu",
-    min_scale: float = 1e-3,
+    min_scale: float = 0.1,
+    prior: str = "standard_normal",
 ) -> tuple[TopDown, BottomUp]:
     """Return a VAE of the rows of a table: p(z) prod_j p_j(x_j | z), one family a column, and q(z | observed entries).
 
@@ -41,6 +43,10 @@ def table_vae(
         hidden: widths of the encoder's hidden layers; the decoder has them reversed.
         activation: ``"relu"``, ``"silu"`` or ``"tanh"``.
         min_scale: floor of the scales of real and positive columns, in standard deviations of the column, in (0, 1).
+            The smaller it is, the sooner the model fits the entries that it sees more closely than those that it
+            does not, and its intervals become too narrow.
+
+        prior: of the latent, ``"standard_normal"``, ``"mixture"`` of Gaussians or ``"flow"``.
 
     Returns:
         Model and guide.
@@ -64,15 +70,17 @@ def table_vae(
         raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}; got {activation!r}.")
     if not hidden or min(latent_dim, *hidden) < 1:
         raise ValueError(f"latent_dim and at least one hidden width must be >= 1, got {latent_dim} and {hidden}.")
+    if prior not in ("standard_normal", "mixture", "flow"):
+        raise ValueError(f"prior must be one of 'standard_normal', 'mixture', 'flow'; got {prior!r}.")
     made, back = _ACTIVATIONS[activation], list(hidden)[::-1]
     trunk = nn.Sequential(xavier_(MLP(latent_dim, back[-1], back[:-1], made)), made())
     columns = column_kernels(schema.columns, back[-1], min_scale=min_scale)
-    model = TopDown(z1=StandardNormal(latent_dim), x=Columns(trunk, columns, order=schema.names))
+    model = TopDown(z1=make_prior(prior, latent_dim, (), 0, None), x=Columns(trunk, columns, order=schema.names))
     guide = BottomUp(z1=Gaussian(TableEncoder(schema.columns, 2 * latent_dim, hidden, made)))
     model.schema = guide.schema = schema
     args = {
         "frame": schema.record(), "latent_dim": int(latent_dim), "hidden": [int(width) for width in hidden],
-        "activation": activation, "min_scale": min_scale,
+        "activation": activation, "min_scale": min_scale, "prior": prior,
     }  # fmt: skip
     model.factory = guide.factory = {"factory": "pyro_hvae.models.table_vae", "args": args}
     return model, guide

@@ -167,5 +167,7 @@ class Imputations:
                 numbers = np.zeros(len(here))
                 numbers[here] = values[self.columns == j]
                 made = column.series(numbers, filled.index)
-                filled[column.name] = made.where(here, filled[column.name].astype(made.dtype))
+                mixed = filled[column.name].astype(object)  # a column with gaps may have another dtype than without
+                mixed[here] = made[here].astype(object)
+                filled[column.name] = mixed.astype(made.dtype)
         return filled

@@ -93,6 +93,16 @@ class TestFrames:
         _, numbers = rows()
         assert "missing at random" in repr(draws(numbers))
 
+    def test_new_rows_with_gaps_get_the_dtypes_of_the_schema(self):
+        """Whole numbers without gaps are int64 in the schema, and float64 in new rows with gaps."""
+        schema = table(pd.DataFrame({"n": [3, 4, 7, 2**53 + 1], "f": [True, False, True, True]})).schema
+        new = pd.DataFrame({"n": [4.0, np.nan], "f": [None, True]}, index=["x", "y"])
+        imputed = Imputations(table(new, schema=schema), torch.zeros(2, 2, 2))
+        assert imputed.frame.n.dtype == np.int64
+        assert imputed.frame.f.dtype == bool
+        assert imputed.frame.at["x", "n"] == 4
+        assert not imputed.frame.at["x", "f"]
+
     def test_a_complete_frame_is_returned_as_it_is(self):
         frame = pd.DataFrame({"a": [1.0, 2.5, 3.0], "b": [1, 0, 1]})
         imputed = Imputations(table(frame), torch.zeros(2, 3, 2))
