@@ -1,9 +1,11 @@
 """What a training step of a diffusion costs, as the number of layers T grows: time and memory.
 
-    python benchmarks/diffusion_cost.py [--rounds 60] [--trace-rounds 3] [--clock wall|cpu] [--csv FILE] [--short]
+    python benchmarks/diffusion_cost.py [--noise gaussian|absorbing|uniform] [--rounds 60] [--trace-rounds 3]
+        [--clock wall|cpu] [--csv FILE] [--short]
 
 One step is the loss by the module route (``bound(model, guide)``), its gradient and Adam, on a batch of 100 vectors of
-64, with a residual network of 128.  Candidates take turns in one process and one thread; medians over the rounds.
+64 numbers (or, under discrete noise, bits), with a residual network of 128.  Candidates take turns in one process and
+one thread; medians over the rounds.
 
 - ``DiffusionELBO`` at T = 10, 1000, 100,000 and in continuous time;
 - ``TraceELBO`` on the programs of T = 10 and T = 1000 themselves, every layer a site.
@@ -25,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # before torch makes its threads
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -35,22 +38,32 @@ from torch import Tensor
 import pyro_hvae as ph
 from pyro_hvae.bounds import DiffusionELBO
 from pyro_hvae.diffusion import LearnedSchedule
-from pyro_hvae.models import vdm
-from pyro_hvae.nn import DenoisingMLP
+from pyro_hvae.models import discrete_diffusion, vdm
+from pyro_hvae.nn import DenoisingMLP, TokenMLP
 
 WIDTH, BATCH = 64, 100
 
 Loss = Callable[[], Tensor]
 
 
-def candidate(bound: str, num_layers: int | None) -> tuple[Loss, Callable[[], None]]:
+def candidate(noise: str, bound: str, num_layers: int | None) -> tuple[Loss, Callable[[], None]]:
     """The loss of one batch, and a whole step."""
     torch.manual_seed(0)
-    model, guide = vdm(
-        DenoisingMLP(WIDTH), event_shape=WIDTH, num_layers=num_layers, schedule=LearnedSchedule(-10.0, 5.0)
-    )
-    objective = (DiffusionELBO() if bound == "DiffusionELBO" else ph.TraceELBO())(model, guide)
-    x = torch.randn(BATCH, WIDTH)
+    model: Any
+    guide: Any
+    if noise == "gaussian":
+        model, guide = vdm(
+            DenoisingMLP(WIDTH), event_shape=WIDTH, num_layers=num_layers, schedule=LearnedSchedule(-10.0, 5.0)
+        )
+        x = torch.randn(BATCH, WIDTH)
+    else:
+        net = TokenMLP(WIDTH, 2)
+        model, guide = discrete_diffusion(
+            net, event_shape=WIDTH, num_categories=2, num_layers=num_layers, corruption=noise
+        )
+        x = torch.randint(0, 2, (BATCH, WIDTH))
+    whole = ph.TraceELBO(gradient="pathwise" if noise == "gaussian" else "score")
+    objective = (DiffusionELBO() if bound == "DiffusionELBO" else whole)(model, guide)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
     def loss() -> Tensor:
@@ -79,15 +92,15 @@ def kept(loss: Loss) -> int:
     return sum(storages.values())
 
 
-def memory(bound: str, num_layers: int | None) -> tuple[float, float]:
+def memory(noise: str, bound: str, num_layers: int | None) -> tuple[float, float]:
     """(MB kept by the graph, MB at the peak of a process of its own)."""
-    command = [sys.executable, __file__, "--peak-of", bound, str(num_layers)]
+    command = [sys.executable, __file__, "--noise", noise, "--peak-of", bound, str(num_layers)]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(found[0]), float(found[1])
 
 
-def peak(bound: str, num_layers: int | None) -> None:
-    loss, step = candidate(bound, num_layers)
+def peak(noise: str, bound: str, num_layers: int | None) -> None:
+    loss, step = candidate(noise, bound, num_layers)
     step()
     most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status = Path("/proc/self/status")
@@ -98,6 +111,7 @@ def peak(bound: str, num_layers: int | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--noise", choices=["gaussian", "absorbing", "uniform"], default="gaussian")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--trace-rounds", type=int, default=3, help="of TraceELBO at T = 1000, at a second each")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
@@ -108,14 +122,14 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.peak_of:
         bound, layers = options.peak_of
-        return peak(bound, None if layers == "None" else int(layers))
+        return peak(options.noise, bound, None if layers == "None" else int(layers))
     if options.short:
         options.rounds, options.trace_rounds = 8, 1
     clock = time.perf_counter if options.clock == "wall" else time.process_time
 
     cases: list[tuple[str, int | None]] = [("DiffusionELBO", layers) for layers in (10, 1000, 100_000, None)]
     cases += [("TraceELBO", 10), ("TraceELBO", 1000)]
-    steps = {case: candidate(*case)[1] for case in cases}
+    steps = {case: candidate(options.noise, *case)[1] for case in cases}
     times: dict[tuple[str, int | None], list[float]] = {case: [] for case in cases}
     for case, step in steps.items():
         for _ in range(0 if case == ("TraceELBO", 1000) else 5):  # nobody needs to warm up for a second
@@ -133,7 +147,7 @@ def main() -> None:
     rows = []
     print(f"{'bound':14s} {'T':>8s} {'ms a step':>11s} {'steps':>6s} {'graph MB':>9s} {'peak MB':>8s}")
     for case in cases:
-        graph, most = memory(*case)
+        graph, most = memory(options.noise, *case)
         layers = "inf" if case[1] is None else str(case[1])
         print(f"{case[0]:14s} {layers:>8s} {medians[case]:11.3f} {len(times[case]):6d} {graph:9.2f} {most:8.1f}")
         rows.append([case[0], layers, f"{medians[case]:.4f}", len(times[case]), f"{graph:.3f}", f"{most:.1f}"])

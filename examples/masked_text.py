@@ -22,7 +22,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--short", action="store_true", help="a few steps only")
 parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
 options = parser.parse_args()
-steps = 20 if options.short else 6000
+steps = 20 if options.short else 3000
 torch.manual_seed(0)
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"

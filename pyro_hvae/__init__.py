@@ -8,8 +8,8 @@ Programs
     :class:`Filter`, :class:`Smoother`; :class:`Diffusion` with :class:`DenoisingChain`, and
     :class:`DiscreteDiffusion` with :class:`DiscreteDenoisingChain`; their kernels (:class:`Gaussian`,
     :class:`Bernoulli`, ...); ready-made pairs (:func:`vae`, :func:`hvae`, :func:`ladder_vae`, :func:`vdm`,
-    :func:`discrete_diffusion`, :func:`deep_markov`, :func:`table_vae`); :func:`encode`, :func:`decode`,
-    :func:`reconstruct`, :func:`impute`, :func:`forecast`.  More in :mod:`pyro_hvae.kernels`,
+    :func:`discrete_diffusion`, :func:`latent_diffusion`, :func:`deep_markov`, :func:`table_vae`); :func:`encode`,
+    :func:`decode`, :func:`reconstruct`, :func:`impute`, :func:`forecast`.  More in :mod:`pyro_hvae.kernels`,
     :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
     :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
 
@@ -86,7 +86,7 @@ from pyro_hvae.kernels import (
     WithoutContext,
     ZeroInflated,
 )
-from pyro_hvae.models import deep_markov, discrete_diffusion, hvae, ladder_vae, table_vae, vae, vdm
+from pyro_hvae.models import deep_markov, discrete_diffusion, hvae, ladder_vae, latent_diffusion, table_vae, vae, vdm
 from pyro_hvae.problem import Problem, predict
 from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
@@ -130,6 +130,7 @@ __all__ = [
     "hvae",
     "impute",
     "ladder_vae",
+    "latent_diffusion",
     "reconstruct",
     "table_vae",
     "vae",

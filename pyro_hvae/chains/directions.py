@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -10,12 +10,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_hvae.chains.arguments import batch_size
-from pyro_hvae.chains.base import Chain, Node
+from pyro_hvae.chains.base import Chain, Node, Step
 from pyro_hvae.chains.missing import drop_masked, zero_masked
+from pyro_hvae.chains.nesting import is_chain, is_diffusion
 from pyro_hvae.chains.weights import draw_global
 
 __all__ = ["BottomUp", "TopDown"]
-
 
 class TopDown(Chain):
     """The generative chain p(z_T) prod_t p(z_{t-1} | z_t) p(x | z_1) (seed eq. 15).
@@ -44,10 +44,25 @@ class TopDown(Chain):
     def __init__(self, *, name: str = "model", plate: str = "data", **kernels: nn.Module) -> None:
         super().__init__(name, plate, kernels)
 
+    def _check_nesting(self) -> None:
+        for place, (site, home, _) in enumerate(self._steps):
+            kernel = self._modules[home]
+            if not is_chain(kernel):
+                continue
+            if not hasattr(kernel, "observation"):
+                raise TypeError(
+                    f"kernel {site!r} is a {type(kernel).__name__}, an inference chain, and a generative chain nests "
+                    "generative chains: TopDown or DenoisingChain."
+                )
+            if place and is_diffusion(kernel):
+                raise ValueError(
+                    f"kernel {site!r} is a diffusion, which starts from noise and takes no parent: make it the first."
+                )
+
     @property
     def latents(self) -> tuple[str, ...]:
         """Names of the latents from the top down."""
-        return tuple(site for site, *_ in self._steps[:-1])
+        return self._sites[:-1]
 
     @property
     def observation(self) -> str:
@@ -82,13 +97,38 @@ class TopDown(Chain):
         """
         if visit is not None:
             return visit(self)
+        return self._run(None, x, context, mask=mask, size=size, data_size=data_size)
+
+    def around(
+        self, value_of: Callable[[Any], Tensor], x: Tensor | None = None, context: Any = None, **rest: Any
+    ) -> Tensor:
+        """Run the sites outside of the diffusion that is nested in this chain, inside of the module's call.
+
+        Args:
+            value_of: a function of the diffusion that gives the value of its site (N, *event_shape).
+            x, context, rest: those of the program.
+        """
+        return self._run(value_of, x, context, **rest)
+
+    def _run(
+        self,
+        value_of: Callable[[Any], Tensor] | None,
+        x: Tensor | None,
+        context: Any,
+        *,
+        mask: Tensor | None = None,
+        size: int | None = None,
+        data_size: int | None = None,
+    ) -> Tensor:
         size = batch_size(self.name, x, context, mask, size)
         like = x if x is not None else context if isinstance(context, Tensor) else mask
         draw_global(self)
         value: Any = None
         observation = self.observation
         with self.data_plate(size, data_size, None if like is None else like.device):
-            for site, kernel, infer in self.steps():
+            if value_of is not None:
+                value = value_of(self._visited())
+            for site, kernel, infer in self.steps() if value_of is None else self._walk(self._steps[1:]):
                 distribution = self.distribution(site, kernel, value, context)
                 observed = site == observation
                 if observed:
@@ -195,6 +235,25 @@ class BottomUp(Chain):
     def __init__(self, *, name: str = "guide", plate: str = "data", **kernels: nn.Module) -> None:
         super().__init__(name, plate, kernels)
 
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Names of the latents from the data upwards."""
+        return self._sites
+
+    def _check_nesting(self) -> None:
+        for place, (site, home, _) in enumerate(self._steps):
+            kernel = self._modules[home]
+            if is_chain(kernel) and hasattr(kernel, "observation"):
+                raise TypeError(
+                    f"kernel {site!r} is a {type(kernel).__name__}, a generative chain, and an inference chain nests "
+                    "inference chains: BottomUp, Diffusion or DiscreteDiffusion."
+                )
+            if is_diffusion(kernel) and not 0 < place == len(self._steps) - 1:
+                raise ValueError(
+                    f"kernel {site!r} is a noising process, which takes the draw of the kernels before it up to noise: "
+                    "make it the last of two or more."
+                )
+
     def forward(
         self,
         x: Tensor,
@@ -218,12 +277,35 @@ class BottomUp(Chain):
         """
         if visit is not None:
             return visit(self)
+        return self._run(self.steps(), x, context, mask, data_size)
+
+    def around(
+        self,
+        inside: Callable[[Any, dict[str, Tensor]], Any],
+        x: Tensor,
+        context: Any = None,
+        *,
+        mask: Tensor | None = None,
+        data_size: int | None = None,
+    ) -> Any:
+        """Run the sites outside of the noising process that is nested in this chain, inside of the module's call.
+
+        Args:
+            inside: a function of the process and of the draws before it, whose result is returned.
+            x, context, mask, data_size: those of the program.
+        """
+        process = self._visited()
+        return inside(process, self._run(self._walk(self._steps[:-1]), x, context, mask, data_size))
+
+    def _run(
+        self, steps: Iterable[Step], x: Tensor, context: Any, mask: Tensor | None, data_size: int | None
+    ) -> dict[str, Tensor]:
         size = batch_size(self.name, x, context, mask, None)
         draw_global(self)
         values: dict[str, Tensor] = {}
         value = zero_masked(x, mask, self._modules[self._steps[0][1]])
         with self.data_plate(size, data_size, x.device):
-            for site, kernel, infer in self.steps():
+            for site, kernel, infer in steps:
                 distribution = self.distribution(site, kernel, value, context)
                 value = values[site] = pyro.sample(site, distribution, infer=infer)
         return values

@@ -7,6 +7,7 @@ For events of shape ``event_shape`` and latents z_1, ..., z_T of widths d_1, ...
 - :func:`ladder_vae`: the same model, and a guide that runs top-down and merges evidence with the model's prior;
 - :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters;
 - :func:`discrete_diffusion`: the same with noise on categories;
+- :func:`latent_diffusion`: a VAE whose prior is a diffusion;
 - :func:`table_vae`: a VAE of the rows of a DataFrame with missing entries, one family a column;
 - :func:`deep_markov`, :func:`variational_rnn`: chains in time.
 
@@ -29,7 +30,7 @@ from pyro_hvae.chains import BottomUp, Ladder, LadderEvidence, TopDown
 from pyro_hvae.chains.arguments import event_sizes
 from pyro_hvae.chains.sequence_models import deep_markov, variational_rnn
 from pyro_hvae.diffusion.denoising import DenoisingChain
-from pyro_hvae.diffusion.pairs import discrete_diffusion
+from pyro_hvae.diffusion.pairs import discrete_diffusion, latent_diffusion
 from pyro_hvae.diffusion.process import Diffusion
 from pyro_hvae.diffusion.schedules import LinearSchedule, Schedule
 from pyro_hvae.diffusion.variance import ReverseVariance
@@ -52,6 +53,7 @@ __all__ = [
     "discrete_diffusion",
     "hvae",
     "ladder_vae",
+    "latent_diffusion",
     "table_vae",
     "vae",
     "variational_rnn",
