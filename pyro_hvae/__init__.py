@@ -45,7 +45,7 @@ from pyro_hvae.bounds import (
 from pyro_hvae.chains import BottomUp, Ladder, Reversed, TopDown, decode, encode, impute, reconstruct
 from pyro_hvae.diagnostics import diagnose, posterior_error, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion
-from pyro_hvae.evidence import evidence_interval, evidence_sandwich, log_evidence
+from pyro_hvae.evidence import AnnealedBound, evidence_interval, evidence_sandwich, log_evidence
 from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 from pyro_hvae.kernels import (
     Bernoulli,
@@ -99,6 +99,7 @@ __all__ += [
     "CUBO",
     "EUBO",
     "IWELBO",
+    "AnnealedBound",
     "DiffusionELBO",
     "LayerwiseELBO",
     "Regularised",
