@@ -11,8 +11,8 @@ Programs
     :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
 
 Bounds
-    :class:`TraceELBO`, :class:`LayerwiseELBO`, :class:`IWELBO` and others; :func:`explain` says what a bound does with
-    a pair.  More in :mod:`pyro_hvae.bounds`.
+    :class:`TraceELBO`, :class:`LayerwiseELBO`, :class:`IWELBO`, :class:`AnnealedBound` and others; :func:`explain` says
+    what a bound does with a pair.  More in :mod:`pyro_hvae.bounds`.
 
 Evidence and diagnostics
     :class:`Problem` binds a pair and its data; :func:`log_evidence`, :func:`evidence_interval`,
