@@ -14,8 +14,8 @@ Programs
     :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
 
 Bounds
-    :class:`TraceELBO`, :class:`LayerwiseELBO`, :class:`IWELBO` and others; :func:`explain` says what a bound does with
-    a pair.  More in :mod:`pyro_hvae.bounds`.
+    :class:`TraceELBO`, :class:`LayerwiseELBO`, :class:`IWELBO`, :class:`AnnealedBound` and others; :func:`explain` says
+    what a bound does with a pair.  More in :mod:`pyro_hvae.bounds`.
 
 Evidence and diagnostics
     :class:`Problem` binds a pair and its data; :func:`amortize` makes a guide from a model;
@@ -64,7 +64,7 @@ from pyro_hvae.chains import (
 )
 from pyro_hvae.diagnostics import diagnose, posterior_error, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion, DiscreteDenoisingChain, DiscreteDiffusion
-from pyro_hvae.evidence import evidence_interval, evidence_sandwich, log_evidence
+from pyro_hvae.evidence import AnnealedBound, evidence_interval, evidence_sandwich, log_evidence
 from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 from pyro_hvae.kernels import (
     Bernoulli,
@@ -142,6 +142,7 @@ __all__ += [
     "CUBO",
     "EUBO",
     "IWELBO",
+    "AnnealedBound",
     "DiffusionELBO",
     "LayerwiseELBO",
     "Regularised",

@@ -136,6 +136,10 @@ class Objective(ELBO, nn.Module, metaclass=abc.ABCMeta):
     def estimate(self, problem: Problem) -> Estimate:
         """Run a problem, and return the estimate from this run."""
 
+    def prepare(self, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Make parameters that depend on the pair; objectives with parameters of their own override this."""
+        return self
+
     def advance(self) -> None:
         """Count a step of training; objectives that follow the step override this."""
 

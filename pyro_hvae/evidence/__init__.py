@@ -4,11 +4,13 @@ from pyro_hvae.evidence.annealed import Chains, anneal, annealing
 from pyro_hvae.evidence.gap import PosteriorGap, RefinedGuide, posterior_gap, refine
 from pyro_hvae.evidence.importance import Evidence, log_evidence
 from pyro_hvae.evidence.interval import EvidenceInterval, Interval, evidence_interval
+from pyro_hvae.evidence.learned import AnnealedBound
 from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.sandwich import Sandwich, evidence_sandwich
 from pyro_hvae.evidence.temperatures import sigmoid_temperatures, temperatures
 
 __all__ = [
+    "AnnealedBound",
     "Chains",
     "Evidence",
     "EvidenceInterval",

@@ -16,18 +16,12 @@ from torch import Tensor
 from pyro_hvae.evidence.bases import drawn_prior
 from pyro_hvae.evidence.importance import log_evidence
 from pyro_hvae.evidence.rounds import Search, Stage
-from pyro_hvae.evidence.sides import INFLATION, MOMENT_KHAT
+from pyro_hvae.evidence.sides import DRAWS_ASSUMED, MOMENT_ASSUMED, NONE_ASSUMED
 from pyro_hvae.problem import Problem, of_pair
 from pyro_hvae.weights.confidence import log_inverse
 
 __all__ = ["EvidenceInterval", "Interval", "evidence_interval"]
 
-_NONE = "none: weights are nonnegative, of mean p(x), and their draws independent"
-_DRAWS = "posterior_samples are exact posterior draws, independent of each other"
-_MOMENT = (
-    f"a moment: the relative variance of the weights is at most {INFLATION:g} times that of the draws (used for k-hat "
-    f"of at most {MOMENT_KHAT:g}; no upper side elsewhere)"
-)
 _BUDGET, _BUDGET_OF_TOLERANCE, _LEAST_BUDGET = 10_000, 100_000, 250
 
 
@@ -155,8 +149,8 @@ def evidence_interval(
     search = Search(source, posterior_samples, spend, progress)
     search.pilot()
     sides = search.rounds(delta, tolerance)
-    upper = _MOMENT if posterior_samples is None else _DRAWS
-    assumptions = {"lower": _NONE, "upper": upper}
+    upper = MOMENT_ASSUMED if posterior_samples is None else DRAWS_ASSUMED
+    assumptions = {"lower": NONE_ASSUMED, "upper": upper}
     weights = search.weights
     total = Interval(sides.total_lower, sides.total_upper, delta, assumptions, search.method)
     return EvidenceInterval(

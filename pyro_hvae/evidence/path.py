@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_hvae.problem import Layout, Problem, total
+from pyro_hvae.problem import Layout, Problem, Run, total
 
 __all__ = ["Path", "State"]
 
@@ -84,6 +84,22 @@ class Path:
         """Draw independent states from the base."""
         with torch.no_grad():
             return self.unconstrain(self.problem.run(self.num_chains).values)
+
+    def of_run(self, run: Run) -> State:
+        """Return the states of a run of as many particles as there are chains, with their gradients."""
+        return {
+            name: transform.inv(self.layout.padded(run.values[name], self.problem.template.nodes[name]["fn"].event_dim))
+            for name, transform in self.transforms.items()
+        }
+
+    def shared_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of parameters of a site's coordinates that all data share; it broadcasts against a state."""
+        shape = self.transforms[name].inverse_shape(self.problem.template.nodes[name]["fn"].shape())
+        padded = [1] * (self.layout.nesting + self._event_dim(name) - len(shape)) + list(shape)
+        for plate in self.plates:
+            assert plate.dim is not None
+            padded[self.layout.nesting + plate.dim] = 1
+        return tuple(padded)
 
     def replace_dead(self, state: State, alive: Tensor | None = None) -> State:
         """Replace chains of zero density by copies of others of their datum.

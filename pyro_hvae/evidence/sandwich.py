@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_hvae.arguments import check_count
 from pyro_hvae.evidence.annealed import Chains, run_chains, tuned_moves
 from pyro_hvae.evidence.bases import base_problem
+from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.path import Path
 from pyro_hvae.problem import Problem, of_pair
 from pyro_hvae.weights import check_weights
@@ -63,6 +64,7 @@ def evidence_sandwich(
     num_moves: int = 1,
     num_refreshes: int = 20,
     resample: bool = False,
+    moves: Moves | None = None,
     progress: bool = False,
 ) -> Sandwich:
     r"""Bracket log p(x) for each datum by annealed importance sampling both ways.
@@ -79,6 +81,7 @@ def evidence_sandwich(
         base: the base, ``"guide"`` or ``"prior"``; by default the guide, and the prior without one.
         num_chains: K >= 2 for each datum and direction.
         betas, num_leapfrog, num_moves, num_refreshes, progress: as in :func:`pyro_hvae.evidence.anneal`.
+        moves: tuned or learned before, with their temperatures, instead of a pilot.
         resample: refused, since resampled chains depend on each other.
 
     Returns:
@@ -110,7 +113,8 @@ def evidence_sandwich(
     start = base_problem(problem, base or ("guide" if problem.guided else "prior"))
     path = Path(start, num_chains)
     starts = None if posterior_samples is None else posterior_starts(posterior_samples, path)
-    moves = tuned_moves(start, num_chains, betas, num_leapfrog, num_moves)
+    if moves is None:
+        moves = tuned_moves(start, num_chains, betas, num_leapfrog, num_moves)
     forward = run_chains(moves.on(path), progress=progress)
     check_weights(forward.log_weights)
     if starts is None:

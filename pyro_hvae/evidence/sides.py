@@ -10,13 +10,29 @@ from torch import Tensor
 from pyro_hvae.weights import log_mean_exp, pareto_khat, product_lower, psis, relative_variance, variance_upper
 from pyro_hvae.weights.confidence import group_means
 
-__all__ = ["INFLATION", "MOMENT_KHAT", "Sides", "Weights", "smoothed_mean"]
+__all__ = [
+    "DRAWS_ASSUMED",
+    "INFLATION",
+    "MOMENT_ASSUMED",
+    "MOMENT_KHAT",
+    "NONE_ASSUMED",
+    "Sides",
+    "Weights",
+    "smoothed_mean",
+]
 
 MOMENT_KHAT = 0.5
 """Weights with a larger k-hat have no variance, and no side by their variance."""
 
 INFLATION = 2.0
 """The assumed bound of the relative variance, in units of that of the draws."""
+
+NONE_ASSUMED = "none: weights are nonnegative, of mean p(x), and their draws independent"
+DRAWS_ASSUMED = "posterior_samples are exact posterior draws, independent of each other"
+MOMENT_ASSUMED = (
+    f"a moment: the relative variance of the weights is at most {INFLATION:g} times that of the draws (used for k-hat "
+    f"of at most {MOMENT_KHAT:g}; no upper side elsewhere)"
+)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ class PairObjective(nn.Module):
         self.store = nn.ParameterDict()
         self.store_records: dict[str, dict[str, Any]] = {}
         self._dry_run(self.problem(args, kwargs))
+        if isinstance(bound, Objective):
+            bound.prepare(self.problem(args, kwargs))
         if not any(True for _ in self.parameters()):
             raise ValueError("neither the model nor the guide has a parameter, so there is nothing to train")
 

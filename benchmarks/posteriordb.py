@@ -1,0 +1,140 @@
+"""Guides of strangers' posteriors against reference draws: errors, bounds of these errors, and verdicts.
+
+    python benchmarks/posteriordb.py FOLDER [--only NAME ...] [--steps 2000] [--out docs/results/posteriordb.csv]
+
+FOLDER holds one JSON file a posterior, with data and the reference's means and standard deviations (posteriordb,
+Magnusson et al., 2025).  Each model is fitted by a mean-field, a full-rank and a flow guide.  A posterior is right
+where all means are within 0.1 reference standard deviations and all standard deviations within 15 %; a verdict agrees
+where ``diagnose`` finds nothing doubtful or wrong for a right one, or something for a wrong one.  Predictive checks,
+which judge the model, do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal, init_to_value
+from strangers import MODELS
+from tables import show, write
+
+import pyro_hvae as ph
+from pyro_hvae.diagnostics import LEVELS
+
+MEANS, SDS, FAR = 0.1, math.log(1.15), 0.5
+Model = Callable[[], None]
+
+
+def starts(name: str, data: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Values of sites with improper priors, and of others that need a start."""
+    if name.startswith("garch"):
+        values: dict[str, Any] = {"mu": 5.0, "alpha0": 1.0, "alpha1": 0.5, "share": 0.5}
+    elif name.startswith("hmm"):
+        values = {"low": 3.0, "gap": 6.0, "theta1": [0.5, 0.5], "theta2": [0.5, 0.5]}
+    elif name.startswith("kilpisjarvi"):
+        values = {"alpha": data["pmualpha"], "beta": 0.0, "sigma": 1.0}
+    elif name.startswith("low_dim"):
+        values = {"low": -1.0, "gap": 2.0, "sigma": [1.0, 1.0], "theta": 0.5}
+    elif name.startswith("nes"):
+        values = {"beta": [0.0] * 9, "sigma": 2.0}
+    else:
+        return {}
+    return {site: torch.tensor(value).to(torch.get_default_dtype()) for site, value in values.items()}
+
+
+def guides(model: Model, values: Mapping[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
+    options = {"init_loc_fn": init_to_value(values=dict(values))} if values else {}
+    return {
+        "mean-field": lambda: AutoNormal(model, init_scale=0.05, **options),
+        "full-rank": lambda: AutoMultivariateNormal(model, init_scale=0.05, **options),
+        "flow": lambda: AutoIAFNormal(model, num_transforms=2, **options),
+    }
+
+
+def train(model: Model, guide: Any, steps: int) -> None:
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.01 ** (1 / steps)})
+    svi = pyro.infer.SVI(model, guide, optimizer, ph.TraceELBO(16))
+    for _ in range(steps):
+        svi.step()
+
+
+def errors(tree: Any, reference: Mapping[str, Mapping[str, float]]) -> tuple[float, float, float]:
+    """Return the largest errors of means (reference sds, and sds of the guide) and of log sds."""
+    shift, own, ratio = 0.0, 0.0, 0.0
+    for label, known in reference.items():
+        site, index = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", label).groups()
+        draws = tree["posterior"][site].values
+        draws = draws if index is None else draws[..., int(index) - 1]
+        away = abs(float(draws.mean()) - known["mean"])
+        shift, own = max(shift, away / known["sd"]), max(own, away / float(draws.std()))
+        ratio = max(ratio, abs(math.log(float(draws.std()) / known["sd"])))
+    return shift, own, ratio
+
+
+def row(name: str, kind: str, model: Model, guide: Any, found: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    train(model, guide, steps)
+    trained = time.perf_counter() - start
+    tree = ph.to_datatree(model, guide, num_draws=10_000, groups=["posterior"])
+    shift, own, ratio = errors(tree, found["reference"])
+    start = time.perf_counter()
+    report = ph.diagnose(model, guide, num_draws=4000, error={"budget": 20_000})
+    judged = time.perf_counter() - start
+    levels = [f.level for f in report.findings if "Posterior Predictive" not in f.source]
+    verdict = min(levels, key=LEVELS.index)
+    accurate = shift < MEANS and ratio < SDS
+    error = report.numbers.get("error")
+    bound = float(error.moment.mean_shift) if error else math.inf
+    return {
+        "posterior": name.split("-")[-1],
+        "guide": kind,
+        "means off (sd)": f"{shift:.2f}",
+        "sds off (log)": f"{ratio:.2f}",
+        "right": "yes" if accurate else "no",
+        "k-hat": f"{float(report.numbers['khat']['joint']):.2f}" if "khat" in report.numbers else "",
+        "KL at most": f"{float(error.kl):.2g}" if error else "inf",
+        "means off at most (guide's sd)": f"{bound:.2g}",
+        "bound holds": "yes" if own <= bound else "no",
+        "verdict": verdict,
+        "agrees": "yes" if (verdict in ("note", "good")) == accurate else "no",
+        "far": "yes" if max(shift, ratio / SDS * MEANS) > FAR else "no",
+        "seconds to train": f"{trained:.0f}",
+        "to judge": f"{judged:.0f}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--guides", nargs="*", default=["mean-field", "full-rank", "flow"])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    rows = []
+    for name in options.only:
+        found = json.loads((options.folder / f"{name}.json").read_text())
+        for kind in options.guides:
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            model = MODELS[name](found["data"])
+            guide = guides(model, starts(name, found["data"]))[kind]()
+            rows.append(row(name, kind, model, guide, found, options.steps))
+            print(" | ".join(str(value) for value in rows[-1].values()), flush=True)
+            write(options.out, rows)
+    agree = sum(one["agrees"] == "yes" for one in rows)
+    print(show(rows))
+    print(f"{agree} of {len(rows)} verdicts agree with the reference")
+
+
+if __name__ == "__main__":
+    main()
