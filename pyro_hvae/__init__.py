@@ -15,7 +15,8 @@ Bounds
     a pair.  More in :mod:`pyro_hvae.bounds`.
 
 Evidence and diagnostics
-    :class:`Problem` binds a pair and its data; :func:`amortize` makes a guide from a model; :func:`log_evidence`, :func:`evidence_sandwich`, :func:`diagnose`,
+    :class:`Problem` binds a pair and its data; :func:`amortize` makes a guide from a model; :func:`log_evidence`,
+    :func:`evidence_sandwich`, :func:`diagnose`,
     :func:`to_datatree`, and products of factors (:func:`forward_kl`, :func:`reverse_kl`).  More in
     :mod:`pyro_hvae.problem`, :mod:`~pyro_hvae.evidence`, :mod:`~pyro_hvae.diagnostics`, :mod:`~pyro_hvae.factorized`,
     :mod:`~pyro_hvae.weights`, :mod:`~pyro_hvae.plots`.

@@ -19,7 +19,7 @@ from pyro_hvae.amortized.families import CustomHead, make_head
 from pyro_hvae.amortized.inputs import Input, along, covariate_input, input_of
 from pyro_hvae.amortized.inverse import Inverse, invert_model
 from pyro_hvae.amortized.look import InPlates, Seen, look
-from pyro_hvae.amortized.reading import ModelReading, read_model, tensors_of
+from pyro_hvae.amortized.reading import ModelReading, predictive_draws, read_model, tensors_of
 from pyro_hvae.problem.isolation import isolated
 from pyro_hvae.problem.plates import batch_shape_of
 
@@ -162,7 +162,7 @@ class _Inputs:
         else:
             seen = self.sites[name]
             value = self.values[name] if seen.kind == "latent" else seen.value
-            result = Shown(encode(value, seen.fn, seen.mask), seen.mask)
+            result = Shown(encode(value, seen.fn, seen.mask, seen.entries), seen.mask)
         self.known[name] = result
         return result
 
@@ -240,8 +240,10 @@ def amortize(
     _check_families(families or {}, inverse)
     guide = AmortizedGuide(model, inverse, guides)
     like = _like(reading)
+    simulated = predictive_draws(model, args, kwargs) if pooled else {}
+    arguments = tensors_of(args, kwargs)
     for node in inverse.nodes:
-        setattr(guide, guide._keys[node], _input(node, reading, tensors_of(args, kwargs), linear=not hidden))
+        setattr(guide, guide._keys[node], _input(node, reading, arguments, simulated, linear=not hidden))
     for site in inverse.drawn:
         head = make_head(site, reading.sites[site].fn, (families or {}).get(site), reading.draws[site])
         setattr(guide, guide._sites[site], _conditional(guide, site, head, reading, hidden))
@@ -276,7 +278,9 @@ def _conditional(
     return Conditional(head, encoder, inputs, free)
 
 
-def _input(node: str, reading: ModelReading, arguments: list[Any], *, linear: bool) -> Input:
+def _input(
+    node: str, reading: ModelReading, arguments: list[Any], simulated: Mapping[str, Tensor], *, linear: bool
+) -> Input:
     if node in reading.covariates:
         position, plates = reading.covariates[node]
         laid = along(arguments[position], plates)
@@ -290,7 +294,9 @@ def _input(node: str, reading: ModelReading, arguments: list[Any], *, linear: bo
         made.standardise(made.columns(reading.draws[node], seen.fn), None)
         made.masked = seen.mask is not None and seen.mask.numel() > 1
     else:
-        made.standardise(made.columns(seen.value), seen.mask)
+        values = simulated.get(node, seen.value)
+        mask = None if seen.mask is None else seen.mask.expand(values.shape[: values.dim() - seen.fn.event_dim])
+        made.standardise(made.columns(values), mask)
     return made
 
 
