@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_hvae.amortized import amortize
 from pyro_hvae.data import binarize, digits, idx_folder
+from pyro_hvae.training.feed import as_batch
 
 __all__ = ["Redrawn", "absolute", "load_data", "load_object", "make", "make_pair", "thresholded"]
 
@@ -89,6 +91,7 @@ def make_pair(
     pair_args: Mapping[str, Any] | None = None,
     model: Spec | None = None,
     guide: Spec | None = None,
+    example: str | None = None,
 ) -> tuple[Any, Any]:
     """Build a model and a guide from the arguments of a command line or of a run directory.
 
@@ -96,7 +99,8 @@ def make_pair(
         pair: path of a function that returns (model, guide).
         pair_args: its arguments.
         model: path of a program, or a specification for :func:`make`; instead of ``pair``.
-        guide: the same for the guide, which may refer to ``$model``.
+        guide: the same for the guide, which may refer to ``$model``; ``amortize`` makes one from the model.
+        example: data for ``amortize``, as in :func:`load_data`.
 
     Raises:
         ValueError: for neither of the two ways, or both; or a function that returns no pair.
@@ -111,6 +115,11 @@ def make_pair(
     assert model is not None
     assert guide is not None
     first = _program(model, {})
+    if guide == "amortize":
+        if example is None:
+            raise ValueError("guide amortize is made from a model and example data: name the data.")
+        args, kwargs = as_batch(load_data(example)[0])
+        return first, amortize(first, *args, **kwargs)
     return first, _program(guide, {"model": first})
 
 
