@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pyro
 import pyro.poutine as poutine
@@ -23,9 +23,16 @@ from pyro_hvae.amortized.reading import ModelReading, predictive_draws, read_mod
 from pyro_hvae.problem.isolation import isolated
 from pyro_hvae.problem.plates import batch_shape_of
 
-__all__ = ["AmortizedGuide", "Conditional", "amortize"]
+__all__ = ["AmortizedGuide", "Conditional", "HasInverse", "amortize"]
 
 Program = Callable[..., Any]
+
+
+@runtime_checkable
+class HasInverse(Protocol):
+    """A model that has an inverse of its own: a guide, or None where it has not."""
+
+    def amortized(self, *args: Any, hidden: Sequence[int], **kwargs: Any) -> Any: ...
 
 
 class Conditional(nn.Module):
@@ -177,7 +184,7 @@ def amortize(
     merge: Sequence[Sequence[str]] = (),
     pooled: bool = False,
     **kwargs: Any,
-) -> AmortizedGuide:
+) -> Any:
     r"""Make a guide from a model: trained once, it answers for new data.
 
     .. math:: q(z \mid x) = \prod_i q\bigl(z_i \mid \text{boundary of } z_i\bigr)
@@ -204,7 +211,9 @@ def amortize(
         pooled: latents of the whole data set get encoders of the pooled data too, for training on simulated data.
 
     Returns:
-        A module that takes the model's arguments, and draws its latents.
+        A module that takes the model's arguments, and draws its latents.  For a :class:`~pyro_hvae.TopDown` chain
+        whose latents are real vectors, and without other options than ``hidden``, it is the
+        :class:`~pyro_hvae.BottomUp` chain of Gaussian kernels, which has no ``inverse`` to print.
 
     Raises:
         ValueError: for a model that can't be inverted: without latents or observations, with an improper prior, with
@@ -234,6 +243,10 @@ def amortize(
     if not callable(model):
         raise TypeError(f"the model must be a Pyro program, a function or module, got {model!r}")
     hidden = tuple(hidden)
+    if isinstance(model, HasInverse) and not (families or guides or leave_out or merge or pooled):
+        own = model.amortized(*args, hidden=hidden, **kwargs)
+        if own is not None:
+            return own
     reading = read_model(model, args, kwargs)
     first = _sites_of(guides, reading, args, kwargs)
     inverse = invert_model(reading, first=first, leave_out=leave_out, merge=merge, pooled=pooled)

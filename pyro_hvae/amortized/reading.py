@@ -93,8 +93,7 @@ def read_model(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
             "pass the data, as in amortize(model, x), and observe them by obs="
         )
     marks, arguments = _arguments(model, args, kwargs)
-    bound, rest = bound_program(model, kwargs)
-    edges = program_edges(bound, args, kwargs if bound is model else rest, marks if bound is model else {})
+    edges = program_edges(model, args, kwargs, marks)
     complete = edges is not None and set(sites) <= set(edges)
     own = {name: next((i for i in arguments if arguments[i] is seen.value), None) for name, seen in sites.items()}
     parents: dict[str, list[str]] = {}

@@ -328,6 +328,24 @@ def test_other_sites_and_sizes_at_a_call():
         amortize(3)
 
 
+def test_a_chain_has_the_inverse_chain():
+    torch.manual_seed(0)
+    model, hand_made = ph.hvae(6, (3, 2), hidden=(8,))
+    x = torch.bernoulli(torch.full((5, 6), 0.5))
+    guide = amortize(model, x, hidden=(8,))
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (guide, hand_made)]
+    assert isinstance(guide, ph.BottomUp)
+    assert shapes[0] == shapes[1]
+    fit(model, guide, x, ph.LayerwiseELBO(), 2)
+    images = torch.bernoulli(torch.full((5, 2, 3), 0.5))
+    model, _ = ph.vae((2, 3), 2, hidden=(8,))
+    assert amortize(model, images, hidden=(8,))(images[:2])["z1"].shape == (2, 2)
+    model, _ = ph.vae(6, 2, hidden=(8,), context_dim=1)
+    assert amortize(model, x, context=x[:, :1], hidden=())(x, x[:, :1])["z1"].shape == (5, 2)
+    general = amortize(model, x, context=x[:, :1], mask=x > 0, families={"z1": "diagonal"})
+    assert general.inverse.inputs == {"z1": ("context (argument)", "mask (argument)", "x")}
+
+
 def test_a_state_is_restored():
     torch.manual_seed(0)
     x = torch.randn(6)

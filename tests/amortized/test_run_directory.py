@@ -7,7 +7,7 @@ from pyro_hvae.cli import main
 from pyro_hvae.cli.specs import make_pair
 from pyro_hvae.training import load
 
-PROGRAMS = '''
+PROGRAMS = """
 import pyro
 import pyro.distributions as dist
 import torch
@@ -21,7 +21,7 @@ def model(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-'''
+"""
 
 
 def test_fit_and_load(tmp_path):
