@@ -47,6 +47,8 @@ def make_head(name: str, fn: Any, family: Any, draws: Tensor) -> GaussianHead | 
             f"site '{name}' ({type(leaf_distribution(fn)).__name__}) does not say what its support is: draw it in a "
             f"program of yours, amortize(..., guides=[program])"
         ) from error
+    if type(leaf_distribution(fn)).__name__ == "Delta":
+        raise ValueError(f"site '{name}' is a Delta, of which nothing is to be inferred: write pyro.deterministic")
     discrete = ("logits", "enumerate")
     continuous = ("full", "low_rank", "diagonal")
     allowed = discrete if support.is_discrete else continuous

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pyro
 import pyro.poutine as poutine
@@ -19,13 +19,20 @@ from pyro_hvae.amortized.families import CustomHead, make_head
 from pyro_hvae.amortized.inputs import Input, along, covariate_input, input_of
 from pyro_hvae.amortized.inverse import Inverse, invert_model
 from pyro_hvae.amortized.look import InPlates, Seen, look
-from pyro_hvae.amortized.reading import ModelReading, read_model, tensors_of
+from pyro_hvae.amortized.reading import ModelReading, predictive_draws, read_model, tensors_of
 from pyro_hvae.problem.isolation import isolated
 from pyro_hvae.problem.plates import batch_shape_of
 
-__all__ = ["AmortizedGuide", "Conditional", "amortize"]
+__all__ = ["AmortizedGuide", "Conditional", "HasInverse", "amortize"]
 
 Program = Callable[..., Any]
+
+
+@runtime_checkable
+class HasInverse(Protocol):
+    """A model that has an inverse of its own: a guide, or None where it has not."""
+
+    def amortized(self, *args: Any, hidden: Sequence[int], **kwargs: Any) -> Any: ...
 
 
 class Conditional(nn.Module):
@@ -162,7 +169,7 @@ class _Inputs:
         else:
             seen = self.sites[name]
             value = self.values[name] if seen.kind == "latent" else seen.value
-            result = Shown(encode(value, seen.fn, seen.mask), seen.mask)
+            result = Shown(encode(value, seen.fn, seen.mask, seen.entries), seen.mask)
         self.known[name] = result
         return result
 
@@ -177,7 +184,7 @@ def amortize(
     merge: Sequence[Sequence[str]] = (),
     pooled: bool = False,
     **kwargs: Any,
-) -> AmortizedGuide:
+) -> Any:
     r"""Make a guide from a model: trained once, it answers for new data.
 
     .. math:: q(z \mid x) = \prod_i q\bigl(z_i \mid \text{boundary of } z_i\bigr)
@@ -204,7 +211,9 @@ def amortize(
         pooled: latents of the whole data set get encoders of the pooled data too, for training on simulated data.
 
     Returns:
-        A module that takes the model's arguments, and draws its latents.
+        A module that takes the model's arguments, and draws its latents.  For a :class:`~pyro_hvae.TopDown` chain
+        whose latents are real vectors, and without other options than ``hidden``, it is the
+        :class:`~pyro_hvae.BottomUp` chain of Gaussian kernels, which has no ``inverse`` to print.
 
     Raises:
         ValueError: for a model that can't be inverted: without latents or observations, with an improper prior, with
@@ -234,14 +243,20 @@ def amortize(
     if not callable(model):
         raise TypeError(f"the model must be a Pyro program, a function or module, got {model!r}")
     hidden = tuple(hidden)
+    if isinstance(model, HasInverse) and not (families or guides or leave_out or merge or pooled):
+        own = model.amortized(*args, hidden=hidden, **kwargs)
+        if own is not None:
+            return own
     reading = read_model(model, args, kwargs)
     first = _sites_of(guides, reading, args, kwargs)
     inverse = invert_model(reading, first=first, leave_out=leave_out, merge=merge, pooled=pooled)
     _check_families(families or {}, inverse)
     guide = AmortizedGuide(model, inverse, guides)
     like = _like(reading)
+    simulated = predictive_draws(model, args, kwargs) if pooled else {}
+    arguments = tensors_of(args, kwargs)
     for node in inverse.nodes:
-        setattr(guide, guide._keys[node], _input(node, reading, tensors_of(args, kwargs), linear=not hidden))
+        setattr(guide, guide._keys[node], _input(node, reading, arguments, simulated, linear=not hidden))
     for site in inverse.drawn:
         head = make_head(site, reading.sites[site].fn, (families or {}).get(site), reading.draws[site])
         setattr(guide, guide._sites[site], _conditional(guide, site, head, reading, hidden))
@@ -276,7 +291,9 @@ def _conditional(
     return Conditional(head, encoder, inputs, free)
 
 
-def _input(node: str, reading: ModelReading, arguments: list[Any], *, linear: bool) -> Input:
+def _input(
+    node: str, reading: ModelReading, arguments: list[Any], simulated: Mapping[str, Tensor], *, linear: bool
+) -> Input:
     if node in reading.covariates:
         position, plates = reading.covariates[node]
         laid = along(arguments[position], plates)
@@ -290,7 +307,9 @@ def _input(node: str, reading: ModelReading, arguments: list[Any], *, linear: bo
         made.standardise(made.columns(reading.draws[node], seen.fn), None)
         made.masked = seen.mask is not None and seen.mask.numel() > 1
     else:
-        made.standardise(made.columns(seen.value), seen.mask)
+        values = simulated.get(node, seen.value)
+        mask = None if seen.mask is None else seen.mask.expand(values.shape[: values.dim() - seen.fn.event_dim])
+        made.standardise(made.columns(values), mask)
     return made
 
 

@@ -23,7 +23,7 @@ class Input(nn.Module):
 
     Continuous latents are shown on the real line.  Columns are standardised by the mean and standard deviation of
     the example (by those of the prior for latents); categories are indicators.  Entries that are masked are shown as
-    zero, beside an indicator of the entries that are not.
+    zero, beside indicators of the entries that are not.
 
     Args:
         plates: the plates around it.
@@ -45,7 +45,7 @@ class Input(nn.Module):
     ) -> None:
         super().__init__()
         self.plates, self.event_dim, self.categories = plates, event_dim, categories
-        self.latent, self.logs, self.masked = latent, logs, False
+        self.latent, self.logs, self.masked, self.partial = latent, logs, False, False
         self.center: Tensor
         self.scale: Tensor
         self.register_buffer("center", torch.zeros(1))
@@ -53,7 +53,7 @@ class Input(nn.Module):
 
     @property
     def width(self) -> int:
-        return len(self.center) + self.masked
+        return len(self.center) * (2 if self.partial else 1) + self.masked
 
     def columns(self, value: Tensor, fn: Any = None) -> Tensor:
         """Return the columns (*batch, c) before they are standardised."""
@@ -90,9 +90,15 @@ class Input(nn.Module):
         self.center = rows.mean(0)
         self.scale = torch.where(spread > 1e-6 * self.center.abs().clamp_min(1e-6), spread, torch.ones_like(spread))
 
-    def forward(self, value: Tensor, fn: Any = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, value: Tensor, fn: Any = None, mask: Tensor | None = None, entries: Tensor | None = None
+    ) -> Tensor:
         """Return (*batch, :attr:`width`)."""
         shown = (self.columns(value, fn) - self.center) / self.scale
+        if self.partial:
+            counted = torch.ones_like(value, dtype=torch.bool) if entries is None else entries.expand(value.shape)
+            counted = counted.reshape(shown.shape)
+            shown = torch.cat([torch.where(counted, shown, torch.zeros_like(shown)), counted.to(shown)], -1)
         if mask is not None:
             shown = torch.where(mask[..., None], shown, torch.zeros_like(shown))
         if self.masked:
@@ -110,10 +116,11 @@ def input_of(seen: Seen, *, linear: bool) -> Input:
         categories = leaf.probs.shape[-1]
     latent = seen.kind == "latent" and not inner_support(seen.fn).is_discrete
     logs = False
-    if seen.kind == "observed" and not linear and not categories:
+    if seen.kind == "observed" and not linear and not categories and seen.entries is None:
         logs = _positive(seen.value, seen.mask)
     made = Input(seen.plates, seen.fn.event_dim, categories=categories, latent=latent, logs=logs)
     made.shift = 1.0 if logs and inner_support(seen.fn).is_discrete else Input.shift
+    made.partial = seen.entries is not None and not categories
     return made
 
 

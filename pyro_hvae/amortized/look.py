@@ -32,6 +32,7 @@ class Seen:
         value: observed, or a stand-in.
         fn: the distribution, for latents computed from stand-ins.
         mask: True where the site counts, of batch shape; None for no mask.
+        entries: True where an entry of an event counts, of the value's shape; None for no such mask.
         frames: Pyro's frames of the plates.
     """
 
@@ -40,6 +41,7 @@ class Seen:
     value: Tensor
     fn: Any
     mask: Tensor | None
+    entries: Tensor | None
     frames: tuple[Any, ...]
 
     @property
@@ -89,7 +91,7 @@ class _StandIns(Messenger):
         else:
             kind = "summed out" if is_enumerated(msg) else "latent"
         name = msg["name"]
-        self.sites[name] = Seen(name, kind, msg["value"], msg["fn"], _mask(msg), tuple(msg["cond_indep_stack"]))
+        self.sites[name] = Seen(name, kind, msg["value"], msg["fn"], *_masks(msg), tuple(msg["cond_indep_stack"]))
 
 
 def _stand_in(fn: Any) -> Tensor:
@@ -103,14 +105,19 @@ def _stand_in(fn: Any) -> Tensor:
         return fn.sample()
 
 
-def _mask(site: Any) -> Tensor | None:
-    """Return the mask of a site, that of its distribution included."""
-    mask, fn = site["mask"], site["fn"]
+def _masks(site: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the masks of a site and of single entries of its events, those of its distribution included."""
+    mask, entries, fn = site["mask"], None, site["fn"]
+    rank = len(fn.batch_shape)
     while hasattr(fn, "base_dist"):
         if type(fn).__name__ == "MaskedDistribution":
-            mask = fn._mask if mask is None else torch.as_tensor(mask) & torch.as_tensor(fn._mask)
+            own = torch.as_tensor(fn._mask)
+            if len(fn.batch_shape) > rank:
+                entries = own if entries is None else entries & own
+            else:
+                mask = own if mask is None else torch.as_tensor(mask) & own
         fn = fn.base_dist
-    return None if mask is None else torch.as_tensor(mask)
+    return None if mask is None else torch.as_tensor(mask), entries
 
 
 class InPlates(Messenger):

@@ -12,18 +12,20 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.utils._pytree import tree_flatten
 
 from pyro_hvae.amortized.graph import Graph
 from pyro_hvae.amortized.inputs import align
 from pyro_hvae.amortized.look import Seen, look
-from pyro_hvae.problem import Plate
+from pyro_hvae.amortized.transforms import inner_support
+from pyro_hvae.problem import Plate, Problem
 from pyro_hvae.problem.dependencies import program_edges
 from pyro_hvae.problem.isolation import isolated
 from pyro_hvae.problem.prior import prior_guide
 from pyro_hvae.problem.structure import sample_sites
 
-__all__ = ["ModelReading", "bound_program", "read_model", "tensors_of"]
+__all__ = ["ModelReading", "bound_program", "predictive_draws", "read_model", "tensors_of"]
 
 DRAWS = 64
 """Draws of the prior, for the location and scale of each latent."""
@@ -91,8 +93,7 @@ def read_model(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
             "pass the data, as in amortize(model, x), and observe them by obs="
         )
     marks, arguments = _arguments(model, args, kwargs)
-    bound, rest = bound_program(model, kwargs)
-    edges = program_edges(bound, args, kwargs if bound is model else rest, marks if bound is model else {})
+    edges = program_edges(model, args, kwargs, marks)
     complete = edges is not None and set(sites) <= set(edges)
     own = {name: next((i for i in arguments if arguments[i] is seen.value), None) for name, seen in sites.items()}
     parents: dict[str, list[str]] = {}
@@ -153,6 +154,35 @@ def _arguments(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[dict
     return {position: f"{names[position]} (argument)" for position in arguments}, arguments
 
 
+def predictive_draws(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return draws of the observed sites from the model, ``(S, *shape)`` by site."""
+    problem = Problem(model)(*args, **kwargs).prior()
+    with isolated(model), torch.no_grad():
+        traces = [problem.released() for _ in range(DRAWS)]
+    names = problem.structure.observed
+    return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}
+
+
+def _check_support(name: str, fn: Any, ends: dict[str, tuple[Tensor, ...]]) -> None:
+    """Refuse a latent whose support changes from draw to draw."""
+    try:
+        support = inner_support(fn)
+    except (NotImplementedError, AttributeError):
+        return
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    own = [getattr(support, end) for end in ("lower_bound", "upper_bound") if hasattr(support, end)]
+    now = tuple(torch.as_tensor(end) for end in own)
+    before = ends.setdefault(name, now)
+    if any(not torch.equal(one, other) for one, other in zip(before, now, strict=True)):
+        raise ValueError(
+            f"the support of site '{name}' depends on other draws of the model (its ends changed from "
+            f"{[end.flatten()[0].item() for end in before]} to {[end.flatten()[0].item() for end in now]}), which the "
+            "guide may not have drawn yet: draw a number of the unit interval and scale it in the model, or draw the "
+            "site in a program of yours, amortize(..., guides=[program])"
+        )
+
+
 def _prior_draws(
     model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], sites: Mapping[str, Seen]
 ) -> dict[str, Tensor]:
@@ -160,6 +190,7 @@ def _prior_draws(
     prior = prior_guide(bound)
     latents = [name for name, seen in sites.items() if seen.kind == "latent"]
     values: dict[str, list[Tensor]] = {name: [] for name in latents}
+    ends: dict[str, tuple[Tensor, ...]] = {}
     with isolated(model), torch.no_grad(), pyro.validation_enabled(False):
         for _ in range(DRAWS):
             trace = poutine.trace(prior).get_trace(*args, **rest)
@@ -171,6 +202,7 @@ def _prior_draws(
                     "guide: draw them at every run, and choose between them by torch.where"
                 )
             for name, value in drawn.items():
+                _check_support(name, trace.nodes[name]["fn"], ends)
                 values[name].append(value)
     for name, several in values.items():
         shapes = {tuple(value.shape) for value in several}

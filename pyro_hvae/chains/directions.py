@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyro
+import pyro.poutine as poutine
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_hvae.chains.arguments import batch_size
 from pyro_hvae.chains.base import Chain, Node, Step
 from pyro_hvae.chains.missing import drop_masked, zero_masked
 from pyro_hvae.chains.nesting import is_chain, is_diffusion
 from pyro_hvae.chains.weights import draw_global
+from pyro_hvae.kernels import Gaussian
+from pyro_hvae.nn import MLP
 
 __all__ = ["BottomUp", "TopDown"]
 
@@ -191,6 +196,35 @@ class TopDown(Chain):
             return distribution.log_prob(data)
 
         return log_likelihood
+
+    def amortized(
+        self, x: Tensor, context: Tensor | None = None, *, hidden: Sequence[int], **kwargs: Any
+    ) -> BottomUp | None:
+        """Return the inverse chain, with a Gaussian kernel of each latent; None where latents are no real vectors.
+
+        Args:
+            x: example data (N, *event_shape).
+            context: example covariates (N, c).
+            hidden: widths of the hidden layers of each network.
+            **kwargs: the other arguments of the model; they do not matter here.
+        """
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
+            trace = poutine.trace(self.forward).get_trace(x[:1], context if context is None else context[:1])
+        sites = {name: trace.nodes[name]["fn"] for name in self.latents}
+        for fn in sites.values():
+            if len(fn.event_shape) != 1 or not isinstance(fn.support, type(constraints.real_vector)):
+                return None
+        extra = 0 if context is None else context.shape[-1]
+        if x.dim() > 2 and extra:
+            return None
+        kernels: dict[str, Any] = {}
+        before = x[0].numel()
+        for name, fn in reversed(sites.items()):
+            net: nn.Module = MLP(before + extra, 2 * fn.event_shape[0], hidden, xavier=True)
+            if not kernels and x.dim() > 2:
+                net = nn.Sequential(nn.Flatten(1 - x.dim()), net)
+            kernels[name], before = Gaussian(net), fn.event_shape[0]
+        return BottomUp(plate=self.plate_name, **kernels).to(x)
 
     def _check_data(self, site: str, distribution: TorchDistribution, x: Tensor, size: int) -> None:
         if distribution.event_shape != x.shape[1:]:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from pyro_hvae import models
+from pyro_hvae.amortized import amortize
 from pyro_hvae.cli.words import FILES, is_code, suggest
 from pyro_hvae.data import binarize, digits, idx_folder
+from pyro_hvae.training.feed import as_batch
 from pyro_hvae.training.trust import UntrustedError
 
 __all__ = [
@@ -98,6 +100,7 @@ def make_pair(
     pair_args: Mapping[str, Any] | None = None,
     model: Spec | None = None,
     guide: Spec | None = None,
+    example: str | None = None,
 ) -> tuple[Any, Any]:
     """Build a model and a guide from the arguments of a command line or of a run directory.
 
@@ -105,7 +108,8 @@ def make_pair(
         pair: path of a function that returns (model, guide).
         pair_args: its arguments.
         model: path of a program, or a specification for :func:`make`; instead of ``pair``.
-        guide: the same for the guide, which may refer to ``$model``.
+        guide: the same for the guide, which may refer to ``$model``; ``amortize`` makes one from the model.
+        example: data for ``amortize``, as in :func:`load_data`.
 
     Raises:
         ValueError: for neither of the two ways, or both; or a function that returns no pair.
@@ -123,6 +127,11 @@ def make_pair(
     assert model is not None
     assert guide is not None
     first = _program(model, {})
+    if guide == "amortize":
+        if example is None:
+            raise ValueError("guide amortize is made from a model and example data: name the data.")
+        args, kwargs = as_batch(load_data(example)[0])
+        return first, amortize(first, *args, **kwargs)
     return first, _program(guide, {"model": first})
 
 

@@ -86,7 +86,7 @@ def fit(
             file.py:function.
         pair_args: its arguments.
         model: the model alone, as file.py:name or class_path with init_args; with guide, instead of pair.
-        guide: the guide, likewise; $model stands for the model.
+        guide: the guide, likewise; $model stands for the model. amortize makes one from the model and the data.
         bound: what is maximised; LayerwiseELBO by default.
         lr: learning rate, 1e-3 by default.
         optimizer: a class of torch.optim and its arguments; Adam at rate 1e-3 by default.
@@ -111,6 +111,8 @@ def fit(
     pair = None if pair is None else full_name(pair)
     spec = {"pair": pair, "pair_args": pair_args, "model": model, "guide": guide}
     recipe: dict[str, Any] = {key: absolute(value) for key, value in spec.items() if value is not None}
+    if guide == "amortize":
+        recipe["example"] = absolute(data)
     programs = make_pair(**recipe)
     training_data, validation = _load_split(data, held_out, binarize)
     bar = progress and sys.stderr.isatty()
