@@ -245,7 +245,7 @@ def test_images_with_a_convolutional_decoder(num_layers):
     assert DiffusionELBO().per_datum(model, guide, x, mask=mask).isfinite().all()
     latent = ddim(model.nested, 6, num_steps=4)
     assert ph.decode(model, {"z0": latent}).mean.shape == (6, 1, 8, 8)
-    assert model(size=6, visit=lambda chain: latent).shape == (6, 1, 8, 8)
+    assert model(size=6, visit=lambda chain: chain.around(lambda _: latent, size=6)).shape == (6, 1, 8, 8)
     assert DiffusionELBO().per_layer(model, guide, x, num_layers=3)[1].shape == (3, 6)
     if num_layers:
         assert model(size=2).shape == (2, 1, 8, 8)
