@@ -41,7 +41,7 @@ from pyro_hvae.bounds import (
     WakePhase,
     explain,
 )
-from pyro_hvae.chains import BottomUp, Ladder, Reversed, TopDown, decode, encode, impute, reconstruct
+from pyro_hvae.chains import BottomUp, Ladder, Reversed, TopDown, decode, encode, impute, interpolate, reconstruct
 from pyro_hvae.diagnostics import diagnose, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion
 from pyro_hvae.evidence import evidence_sandwich, log_evidence
@@ -101,6 +101,7 @@ __all__ = [
     "encode",
     "hvae",
     "impute",
+    "interpolate",
     "ladder_vae",
     "reconstruct",
     "table_vae",
