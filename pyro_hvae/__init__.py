@@ -60,6 +60,7 @@ from pyro_hvae.chains import (
     encode,
     forecast,
     impute,
+    interpolate,
     reconstruct,
 )
 from pyro_hvae.diagnostics import diagnose, posterior_error, to_datatree
@@ -129,6 +130,7 @@ __all__ = [
     "forecast",
     "hvae",
     "impute",
+    "interpolate",
     "ladder_vae",
     "latent_diffusion",
     "reconstruct",

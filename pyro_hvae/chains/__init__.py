@@ -42,7 +42,7 @@ do it once), and that networks keep data apart: batch normalisation couples the 
 densities per datum depend on the rest of the minibatch.
 """
 
-from pyro_hvae.chains.autoencode import decode, encode, impute, reconstruct
+from pyro_hvae.chains.autoencode import decode, encode, impute, interpolate, reconstruct
 from pyro_hvae.chains.base import Chain
 from pyro_hvae.chains.directions import BottomUp, TopDown
 from pyro_hvae.chains.forecast import forecast, simulate
@@ -66,6 +66,7 @@ __all__ = [
     "encode",
     "forecast",
     "impute",
+    "interpolate",
     "reconstruct",
     "simulate",
     "unroll",

@@ -30,7 +30,7 @@ from pyro_hvae.chains.ladder import Ladder
 from pyro_hvae.chains.weights import has_global
 from pyro_hvae.modules import evaluation_mode
 
-__all__ = ["decode", "encode", "impute", "reconstruct", "weighted_latents"]
+__all__ = ["decode", "encode", "impute", "interpolate", "reconstruct", "weighted_latents"]
 
 
 class _Means(Messenger):
@@ -141,7 +141,16 @@ def reconstruct(
         torch.Size([3, 6])
     """
     latents = encode(guide, x, num_draws=num_draws, context=context, mask=mask)
-    likelihood = decode(model, latents, context=context)
+    means = _mean(model, decode(model, latents, context=context))
+    return means if num_draws is None else means.mean(0)
+
+
+def _mean(model: TopDown, likelihood: TorchDistribution) -> Tensor:
+    """Return the mean of a likelihood.
+
+    Raises:
+        ValueError: for categories, which have none.
+    """
     base: Any = likelihood
     while isinstance(base, torch.distributions.Independent):
         base = base.base_dist
@@ -151,8 +160,54 @@ def reconstruct(
             f"the likelihood of {model.observation!r} has no mean: its values are categories. Use "
             "decode(...) for the distribution, or impute(...) for draws."
         )
-    means = likelihood.mean
-    return means if num_draws is None else means.mean(0)
+    return likelihood.mean
+
+
+def interpolate(
+    model: TopDown,
+    guide: BottomUp | Ladder,
+    first: Tensor,
+    last: Tensor,
+    *,
+    num_steps: int = 8,
+    context: Any = None,
+) -> Tensor:
+    r"""Decode points on the straight line between the latents of two data.
+
+    .. math:: z(t) = (1 - t)\, z^{first} + t\, z^{last},\quad x(t) = E_{p(x \mid z(t))}[x],\qquad t = 0, \dots, 1
+
+    The latents of a datum are the conditional means of the guide's layers, all of which are interpolated.
+
+    Args:
+        model: a generative chain.
+        guide: its guide.
+        first: data (N, *event_shape).
+        last: data of the same shape.
+        num_steps: number of points T >= 2, both ends included.
+        context: covariates (N, c), for both.
+
+    Returns:
+        Means (T, N, *event_shape).
+
+    Raises:
+        ValueError: for data of different shapes, fewer than two points, or a likelihood without a mean (categories).
+
+    Example:
+        >>> from pyro_hvae.models import vae
+        >>> model, guide = vae(6, 2, hidden=(4,))
+        >>> interpolate(model, guide, torch.zeros(3, 6), torch.ones(3, 6), num_steps=5).shape
+        torch.Size([5, 3, 6])
+    """
+    if first.shape != last.shape:
+        raise ValueError(f"first and last must have one shape, got {tuple(first.shape)} and {tuple(last.shape)}.")
+    if num_steps < 2:
+        raise ValueError(f"num_steps must be >= 2, both ends included; got {num_steps}.")
+    ends = [encode(guide, x, mean=True, context=context) for x in (first, last)]
+    latents = {}
+    for site, start in ends[0].items():
+        t = torch.linspace(0, 1, num_steps, dtype=start.dtype, device=start.device)
+        latents[site] = torch.lerp(start, ends[1][site], t.reshape(-1, *(1,) * start.dim()))
+    return _mean(model, decode(model, latents, context=context))
 
 
 def impute(

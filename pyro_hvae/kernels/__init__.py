@@ -10,10 +10,10 @@ dim. The kernels here wrap a network ``net`` that turns the parent into the para
 
     \mathrm{LinearGaussian:}\quad z \sim N(W\,parent + b,\; S)
 
-**Input of the network.** Of ``parent`` and ``context``, those that are not ``None`` (the first kernel of
-a ``TopDown`` has no parent): a single one is passed as ``net(value)``; both are passed as ``net(parent,
-context)`` where the ``forward`` of ``net`` names two positional arguments, else joined on the last dim,
-``net(cat([parent, context], -1))``. A kernel that must not see the context is wrapped in
+**Input of the network.** Of ``parent`` and ``context``, those that are not ``None`` (the first kernel of a ``TopDown``
+has no parent): a single one is passed as ``net(value)``; both are passed as ``net(parent, context)`` where the
+``forward`` of ``net`` names two positional arguments (or its attribute ``takes_context`` says so, True or False), else
+joined on the last dim, ``net(cat([parent, context], -1))``. A kernel that must not see the context is wrapped in
 :class:`WithoutContext`.
 
 **Tables.** :class:`Columns` has one kernel a column, over the features that one network yields.

@@ -74,7 +74,10 @@ class Kernel(PyroModule):
 
 
 def takes_context(net: nn.Module) -> bool:
-    """Return whether ``net.forward`` names a second positional argument."""
+    """Return whether a network takes a context: by its ``takes_context``, or a second argument of ``forward``."""
+    declared = getattr(net, "takes_context", None)
+    if isinstance(declared, bool):
+        return declared
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         arguments = inspect.signature(net.forward).parameters.values()

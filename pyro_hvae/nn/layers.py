@@ -72,6 +72,7 @@ class Flattened(nn.Module):
     Args:
         net: the network.
         *event_dims: the number of event dims of each argument of ``net``; leading dims broadcast among arguments.
+            With two or more, a kernel passes its context as the second.
 
     Raises:
         ValueError: at the call, for more arguments than ``event_dims``, or a value with too few dims.
@@ -88,6 +89,7 @@ class Flattened(nn.Module):
             raise ValueError(f"event_dims are numbers >= 0, one for each argument of net; got {event_dims}.")
         self.net = net
         self.event_dims = event_dims
+        self.takes_context = len(event_dims) > 1
 
     def forward(self, value: Tensor, *others: Tensor) -> Tensor:
         """Call ``net`` on the arguments with their leading dims joined into one."""
@@ -97,6 +99,24 @@ class Flattened(nn.Module):
         flat, lead = flatten_leading(values, self.event_dims[: len(values)])
         result = self.net(*flat)
         return result.reshape(lead + result.shape[1:])
+
+
+def context_features(context: Tensor | None, width: int, like: Tensor, name: str) -> Tensor:
+    """Return a context (..., c), or integer labels (...) as one-hot vectors, in the dtype of ``like``.
+
+    Raises:
+        ValueError: for no context where the network has one, another width, or a context where it has none.
+    """
+    if not width or context is None:
+        raise ValueError(
+            f"{name} takes no context: build it with context_features=." if not width else
+            f"{name} was built for a context of width {width}: pass it."
+        )  # fmt: skip
+    if not context.is_floating_point():
+        return nn.functional.one_hot(context.long(), width).to(like.dtype)
+    if context.shape[-1:] != (width,):
+        raise ValueError(f"{name} was built for a context of width {width}, got shape {tuple(context.shape)}.")
+    return context.to(like.dtype)
 
 
 def flatten_leading(values: Sequence[Tensor], event_dims: Sequence[int]) -> tuple[list[Tensor], torch.Size]:

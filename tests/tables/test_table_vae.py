@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import pyro_hvae as ph
+from pyro_hvae.chains.ladder import LadderEvidence, gaussian_product
 from pyro_hvae.data import table
 from pyro_hvae.models import table_vae
 from pyro_hvae.nn import TableEncoder
@@ -207,6 +208,23 @@ class TestMissing:
             -1,
         )  # fmt: skip
         torch.testing.assert_close(found[:3], expected)
+
+    @pytest.mark.parametrize("rows", [1, 12])
+    def test_the_guide_sees_missing_entries_as_missing(self, pair, rows):
+        """In a bottom-up guide and in a ladder: not as zeros, which are values of their own."""
+        frame, model, guide = pair
+        numbers = table(frame.iloc[:rows], schema=model.schema)
+        x = torch.where(numbers.mask, numbers.x, math.nan)
+        expected = guide.z1(x)
+        torch.manual_seed(0)
+        drawn = ph.encode(guide, numbers.x, mask=numbers.mask)["z1"]
+        torch.manual_seed(0)
+        assert torch.equal(drawn, expected.sample())
+        features = TableEncoder(model.schema.columns, 5, ())
+        ladder = ph.Ladder(model, z1=LadderEvidence(features, nn.Linear(5, 4)))
+        evidence = ladder.z1(x)[1]
+        product = gaussian_product("z1", model.z1(None), evidence)
+        torch.testing.assert_close(ph.encode(ladder, numbers.x, mask=numbers.mask, mean=True)["z1"], product.mean)
 
     def test_compiled_steps_are_the_eager_ones(self, pair):
         frame, model, guide = pair
