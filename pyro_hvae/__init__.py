@@ -7,7 +7,8 @@ Programs
     Chains :class:`TopDown`, :class:`BottomUp`, :class:`Ladder`, :class:`Reversed`; :class:`Diffusion` with
     :class:`DenoisingChain`, and :class:`DiscreteDiffusion` with :class:`DiscreteDenoisingChain`; their kernels
     (:class:`Gaussian`, :class:`Bernoulli`, ...); ready-made pairs (:func:`vae`, :func:`hvae`, :func:`ladder_vae`,
-    :func:`vdm`, :func:`discrete_diffusion`); :func:`encode`, :func:`decode`, :func:`reconstruct`, :func:`impute`.
+    :func:`vdm`, :func:`discrete_diffusion`, :func:`latent_diffusion`); :func:`encode`, :func:`decode`,
+    :func:`reconstruct`, :func:`impute`.
     More in :mod:`pyro_hvae.kernels`, :mod:`~pyro_hvae.chains`, :mod:`~pyro_hvae.diffusion`,
     :mod:`~pyro_hvae.distributions`, :mod:`~pyro_hvae.nn`, :mod:`~pyro_hvae.models`.
 
@@ -60,7 +61,7 @@ from pyro_hvae.kernels import (
     Transition,
     WithoutContext,
 )
-from pyro_hvae.models import discrete_diffusion, hvae, ladder_vae, vae, vdm
+from pyro_hvae.models import discrete_diffusion, hvae, ladder_vae, latent_diffusion, vae, vdm
 from pyro_hvae.problem import Problem
 from pyro_hvae.training import compile_step, fit, fit_restarts, load
 
@@ -92,6 +93,7 @@ __all__ = [
     "hvae",
     "impute",
     "ladder_vae",
+    "latent_diffusion",
     "reconstruct",
     "vae",
     "vdm",

@@ -6,7 +6,8 @@ For events of shape ``event_shape`` and latents z_1, ..., z_T of widths d_1, ...
 - :func:`hvae`: p(z_T) prod p(z_{t-1} | z_t) p(x | z_1), and bottom-up q(z_1 | x) prod q(z_t | z_{t-1});
 - :func:`ladder_vae`: the same model, and a guide that runs top-down and merges evidence with the model's prior;
 - :func:`vdm`: the same model again, all transitions sharing one denoiser, and a guide without parameters;
-- :func:`discrete_diffusion`: the same with noise on categories.
+- :func:`discrete_diffusion`: the same with noise on categories;
+- :func:`latent_diffusion`: a VAE whose prior is a diffusion.
 
 All weights start by Xavier's rule and all biases at zero. ``vae`` is ``hvae`` with one layer, parameter for
 parameter. Every pair records on its programs how it was made, as plain
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from pyro_hvae.chains import BottomUp, Ladder, LadderEvidence, TopDown
 from pyro_hvae.chains.arguments import event_sizes
 from pyro_hvae.diffusion.denoising import DenoisingChain
-from pyro_hvae.diffusion.pairs import discrete_diffusion
+from pyro_hvae.diffusion.pairs import discrete_diffusion, latent_diffusion
 from pyro_hvae.diffusion.process import Diffusion
 from pyro_hvae.diffusion.schedules import LinearSchedule, Schedule
 from pyro_hvae.diffusion.variance import ReverseVariance
@@ -41,7 +42,7 @@ from pyro_hvae.kernels import (
 from pyro_hvae.kernels.base import join
 from pyro_hvae.nn import MLP, xavier_
 
-__all__ = ["PairOptions", "discrete_diffusion", "hvae", "ladder_vae", "vae", "vdm"]
+__all__ = ["PairOptions", "discrete_diffusion", "hvae", "ladder_vae", "latent_diffusion", "vae", "vdm"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,

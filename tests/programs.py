@@ -21,8 +21,9 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor, nn
 
 from pyro_hvae.chains import BottomUp, Ladder, TopDown
+from pyro_hvae.diffusion import LinearSchedule
 from pyro_hvae.kernels import Bernoulli, Gaussian, StandardNormal, Transition
-from pyro_hvae.models import discrete_diffusion
+from pyro_hvae.models import discrete_diffusion, latent_diffusion
 from tests.diffusion.categories import Linear, model_evidence
 from tests.linear_gaussian import Oracle, linear_gaussian
 from tests.pair import PAIRS, Pair, build, draw_weights, pair, parameters, reference_weights
@@ -477,6 +478,43 @@ def any_order() -> Pair:
 @pair
 def uniform_noise() -> Pair:
     return noised("uniform", 2)
+
+
+# Chains in chains
+
+
+class Affine(nn.Module):
+    """A denoiser that is affine in z, so that its chain is Gaussian."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, z: Tensor, gamma: Tensor) -> Tensor:
+        return self.layer(torch.cat([z, gamma.unsqueeze(-1) / 10], -1))
+
+
+def affine(kernel: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope, offset and variance of an affine Gaussian kernel over one number."""
+    at_0, at_1 = kernel(torch.zeros(1, 1)), kernel(torch.ones(1, 1))
+    return at_1.mean - at_0.mean, at_0.mean, at_0.variance
+
+
+@pair
+def latent_noise() -> Pair:
+    """A diffusion of three layers as the prior of a VAE's latent; the evidence by the moments down the chain."""
+    encoder, decoder = Gaussian(nn.Linear(1, 2)), Gaussian(nn.Linear(1, 2))
+    decoder.net.weight.data[1] = 0.0  # of the scale
+    model, guide = latent_diffusion(
+        Affine(), encoder=encoder, decoder=decoder, latent_shape=1, num_layers=3, schedule=LinearSchedule(-1.0, 2.0)
+    )
+    x, mean, variance = torch.randn(4, 1), torch.zeros(1, 1), torch.ones(1, 1)
+    with torch.no_grad():
+        for _, kernel, _ in list(model.steps())[1:]:
+            slope, offset, noise = affine(kernel)
+            mean, variance = slope * mean + offset, slope**2 * variance + noise
+    evidence = normal(x, mean, variance.sqrt()).squeeze(-1)
+    return Pair(model, guide, (x,), log_evidence=evidence)
 
 
 # AutoGuides

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from pyro_hvae.problem.checks import check_observation
 
 __all__ = [
+    "Nest",
     "Reversible",
     "ReversibleModel",
     "check_capable",
@@ -39,6 +40,18 @@ class Reversible(Protocol):
     def posterior(self, s: Tensor, t: Tensor, z_t: Tensor, x: Tensor) -> Distribution: ...
 
 
+class Nest(Protocol):
+    """A program that nests a reversible chain, or its model, as the prior of one of the program's latents.
+
+    Calling it with ``visit=f`` runs its own sites, and calls f with the nested chain.  A guide gives f its draws
+    besides, of which the last is the value of the nested chain; in a model f returns this value.
+    """
+
+    nested: Any
+
+    def __call__(self, *args: Any, visit: Callable[..., Any]) -> Any: ...
+
+
 class ReversibleModel(Protocol):
     """The model of such a chain.
 
@@ -58,9 +71,16 @@ def check_capable(model: Any, guide: Any) -> None:
     Raises:
         TypeError: naming what is missing, and the bounds that read any pair.
     """
+    nests = [getattr(program, "nested", None) is not None for program in (model, guide)]
+    if nests[0] != nests[1]:
+        raise TypeError(
+            f"a diffusion is nested in the {'model' if nests[0] else 'guide'} alone, and the other program is a "
+            f"{type(guide if nests[0] else model).__name__}: nest the denoising chain in the model, and its noising "
+            "process in the guide, as models.latent_diffusion does"
+        )
     for which, program, needed in (
-        ("guide", guide, ("marginal", "posterior", "num_layers")),
-        ("model", model, ("prior", "transition", "likelihood")),
+        ("guide", _reversible(guide), ("marginal", "posterior", "num_layers")),
+        ("model", _reversible(model), ("prior", "transition", "likelihood")),
     ):
         missing = [name for name in needed if not hasattr(program, name)]
         if missing:
@@ -69,6 +89,12 @@ def check_capable(model: Any, guide: Any) -> None:
                 f"{type(program).__name__} has no {', '.join(missing)}: use LayerwiseELBO or TraceELBO, which "
                 "read any pair"
             )
+
+
+def _reversible(program: Any) -> Any:
+    """Return the chain that is nested in a program, or the program."""
+    nested = getattr(program, "nested", None)
+    return program if nested is None else nested
 
 
 def layer_times(q: Any, index: Any) -> Any:

@@ -5,6 +5,9 @@ r"""The evidence bound of a diffusion, at a cost independent of the number of la
           - \underbrace{\sum_{t=2}^{T}\mathrm E\,\mathrm{KL}(q(z_{t-1}|z_t,x)\|p(z_{t-1}|z_t))}_{
           \text{denoising matching}}
 
+A diffusion that is nested in a larger program, as the prior of its latent :math:`z_0`, adds the terms outside of it,
+:math:`\mathrm E\,[\log p(x|z_0)-\log q(z_0|x)]`.
+
 Its expectation is that of :class:`TraceELBO` on the same programs, since the reversal of q is exact.  The sum over
 layers is estimated from a few of them; in continuous time it is an integral.
 
@@ -14,17 +17,15 @@ Reference: Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluation
-from pyro_hvae.bounds.capability import check_capable, check_data, check_same_process, data_of, layer_times
+from pyro_hvae.bounds.capability import check_capable, check_data, data_of, layer_times
+from pyro_hvae.bounds.visits import Visited, outer_terms, visit_pair
 from pyro_hvae.problem import Problem
 from pyro_hvae.problem.isolation import RUNNING, evaluating, evaluation_mode, kept_buffers, noted_parameters
 
@@ -32,14 +33,6 @@ __all__ = ["DiffusionELBO", "SimpleDiffusionLoss"]
 
 SAMPLING = ("antithetic", "uniform", "importance", "exact")
 _BINS = 64
-
-
-@dataclass(frozen=True)
-class _Visited:
-    """Traces with the parameter statements of a visit; they stand for a run."""
-
-    model_trace: Trace
-    guide_trace: Trace
 
 
 class DiffusionELBO(Bound):
@@ -96,7 +89,10 @@ class DiffusionELBO(Bound):
         return Estimate(value, value, scale, run=visited)
 
     def evaluate(self, problem: Problem) -> Evaluation:
-        """Return ``reconstruction``, ``prior_matching``, ``denoising_matching`` in nats (N,), and the bound."""
+        """Return ``reconstruction``, ``prior_matching``, ``denoising_matching`` in nats (N,), and the bound.
+
+        A pair that nests a diffusion has ``rate_<site>`` for each latent outside of it besides.
+        """
         terms, _, scale = self._visit(problem)
         return Evaluation(_bound(terms), terms, scale=scale)
 
@@ -116,47 +112,39 @@ class DiffusionELBO(Bound):
         """
         check_capable(model, guide)
         terms: list[Tensor] = []
-        total = getattr(guide, "num_layers", None)
-        if total == 1:
-            raise ValueError("a diffusion of one layer has no denoising-matching term")
         upper: list[Tensor] = []
 
-        def inside_guide(q: Any) -> None:
-            def inside_model(p: Any) -> None:
-                check_same_process(p, q)
-                one = _one(p, x)
-                if total is None:
-                    layers = [(None, t) for t in torch.linspace(0.0, 1.0, num_layers).to(one)]
-                else:
-                    index = torch.linspace(2.0, float(total), min(num_layers, total - 1)).round().to(one)
-                    layers = list(zip(layer_times(q, index - 1), layer_times(q, index), strict=True))
-                for lower, t in layers:
-                    s = None if lower is None else lower.expand(x.shape[0])
-                    terms.append(_layer(p, q, s, t.expand(x.shape[0]), x, context))
-                    upper.append(t)
-
-            model(visit=inside_model)
+        def inside(p: Any, q: Any, z: Tensor, mask: Tensor | None) -> None:
+            if q.num_layers == 1:
+                raise ValueError("a diffusion of one layer has no denoising-matching term")
+            one, size = _one(p, z), z.shape[0]
+            if q.num_layers is None:
+                layers = [(None, t) for t in torch.linspace(0.0, 1.0, num_layers).to(one)]
+            else:
+                count = min(num_layers, q.num_layers - 1)
+                index = torch.linspace(2.0, float(q.num_layers), count).round().to(one)
+                layers = list(zip(layer_times(q, index - 1), layer_times(q, index), strict=True))
+            for lower, t in layers:
+                s = None if lower is None else lower.expand(size)
+                terms.append(_layer(p, q, s, t.expand(size), z, context))
+                upper.append(t)
 
         with RUNNING, torch.no_grad(), evaluation_mode(model, guide), kept_buffers(model, guide), noted_parameters():
-            guide(x, visit=inside_guide)
+            visit_pair(model, guide, (x, context, None, None), inside)
         return torch.stack(upper), torch.stack(terms)
 
-    def _visit(self, problem: Problem) -> tuple[dict[str, Tensor], _Visited, float]:
+    def _visit(self, problem: Problem) -> tuple[dict[str, Tensor], Visited, float]:
         model, guide = problem.model, problem.guide
         check_capable(model, guide)
         x, context, mask, data_size = data_of(problem.args, problem.kwargs)
         learning = problem.training and torch.is_grad_enabled()
         terms: dict[str, Tensor] = {}
         chains: list[Any] = []
-        inner: list[Trace] = []
 
-        def inside_guide(q: Any) -> None:
-            def inside_model(p: Any) -> None:
-                check_same_process(p, q)
+        def inside(p: Any, q: Any, z: Tensor, seen: Tensor | None) -> None:
+            if z is x:
                 chains.append(p)
-                terms.update(self._layers(p, q, x, context, mask, learning))
-
-            inner.append(poutine.trace(model).get_trace(visit=inside_model))
+            terms.update(self._layers(p, q, z, context, seen, learning))
 
         try:
             with RUNNING, ExitStack() as stack:
@@ -164,13 +152,13 @@ class DiffusionELBO(Bound):
                     stack.enter_context(evaluation_mode(model, guide))
                     stack.enter_context(kept_buffers(model, guide))
                     stack.enter_context(noted_parameters())
-                guide_trace = poutine.trace(guide).get_trace(x, visit=inside_guide)
+                visited = visit_pair(model, guide, (x, context, mask, data_size), inside)
         except (ValueError, RuntimeError):
             for chain in chains:
                 check_data(chain, x, context, mask)
             raise
         scale = 1.0 if data_size is None else data_size / x.shape[0]
-        return terms, _Visited(inner[0], guide_trace), scale
+        return (outer_terms(terms, visited) if visited.nests else terms), visited, scale
 
     def _layers(
         self, p: Any, q: Any, x: Tensor, context: Any, mask: Tensor | None, learning: bool
@@ -269,7 +257,7 @@ class DiffusionELBO(Bound):
 
 
 def _bound(terms: dict[str, Tensor]) -> Tensor:
-    return terms["reconstruction"] - terms["prior_matching"] - terms["denoising_matching"]
+    return terms["reconstruction"] - sum(term for name, term in terms.items() if name != "reconstruction")
 
 
 class SimpleDiffusionLoss(DiffusionELBO):

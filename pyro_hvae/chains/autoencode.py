@@ -216,14 +216,21 @@ def _likelihood(
         lead = value.shape[: value.dim() - _event_dim(model, site)]
         size = lead[-1]
         num_draws = lead[-2] if len(lead) > 1 else None
+    first, nested = next(iter(model.kernels)), getattr(model, "nested", None)
+    options: dict[str, Any] = {}
+    if nested is not None and first in latents:  # what is above the value is not needed
+        options["visit"] = lambda _: latents[first]
     with _evaluated(model), ExitStack() as stack:
         stack.enter_context(_draws(num_draws))
         stack.enter_context(poutine.condition(data=latents))
-        trace = poutine.trace(model).get_trace(size=size, context=context)
+        trace = poutine.trace(model).get_trace(size=size, context=context, **options)
     site = trace.nodes[model.observation]
     return site["fn"], site["value"]
 
 
 def _event_dim(model: TopDown, site: str) -> int:
     """Return the event dims of a latent: the kernel's ``event_dim``, that of a diffusion, or 1."""
+    for kernel in model.kernels.values():
+        if site in getattr(kernel, "latents", ()):  # of a nested chain
+            return _event_dim(kernel, site)  # type: ignore[arg-type]
     return getattr(model.kernels.get(site, model), "event_dim", 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_hvae.chains.arguments import check_data_size
+from pyro_hvae.chains.nesting import is_chain, is_diffusion, nested_steps, sites_of
 from pyro_hvae.chains.weights import drop_shared, fill_shared
 
 __all__ = ["Chain", "Step"]
@@ -57,6 +58,8 @@ class Chain(PyroModule):
                 self.__dict__[site] = kernel
             steps.append((site, home, getattr(kernel, "infer", None)))
         self._steps = tuple(steps)
+        self._sites = sites_of(kernels)
+        self._check_nesting()
         self._indices: Tensor | None = None
         self.register_state_dict_post_hook(drop_shared)
         self.register_load_state_dict_pre_hook(fill_shared)
@@ -74,14 +77,35 @@ class Chain(PyroModule):
     def steps(self) -> Iterator[Step]:
         """Yield (site name, kernel, ``infer``) in the order of sampling, registering kernels on the way.
 
-        A subclass may yield kernels that are made on the fly.
+        The steps of a chain that is nested here are among them.  A subclass may yield kernels that are made on the fly.
         """
+        yield from self._walk(self._steps)
+
+    def _walk(self, entries: Iterable[tuple[str, str, Any]]) -> Iterator[Step]:
         modules = self._modules
-        for site, home, infer in self._steps:
+        for site, home, infer in entries:
             kernel = modules[home]
+            if is_chain(kernel):
+                yield from nested_steps(site, kernel)
+                continue
             if not isinstance(kernel, PyroModule):  # Reading a plain module as an attribute is what registers it.
                 kernel = getattr(self, home)
             yield site, kernel, infer
+
+    @property
+    def nested(self) -> Any:
+        """The diffusion that is nested in this chain, or ``None``."""
+        found = [home for _, home, _ in self._steps if is_diffusion(self._modules[home])]
+        return getattr(self, found[0]) if found else None
+
+    def _check_nesting(self) -> None:
+        """Refuse nested chains in a place where they can't be."""
+
+    def _visited(self) -> Any:
+        diffusion = self.nested
+        if diffusion is None:
+            raise ValueError(f"visit is a function of a diffusion in {self.name!r}, and none is nested there.")
+        return diffusion
 
     def call(self, site: str, kernel: Callable[..., Any], parent: Tensor | None, context: Any) -> Any:
         """Call a kernel; an error inside it is raised with the kernel's name and shapes."""

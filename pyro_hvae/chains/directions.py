@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from pyro_hvae.chains.arguments import batch_size
 from pyro_hvae.chains.base import Chain
 from pyro_hvae.chains.missing import drop_masked, zero_masked
+from pyro_hvae.chains.nesting import is_chain, is_diffusion
 from pyro_hvae.chains.weights import draw_global
 
 __all__ = ["BottomUp", "TopDown"]
-
 
 class TopDown(Chain):
     """The generative chain p(z_T) prod_t p(z_{t-1} | z_t) p(x | z_1) (seed eq. 15).
@@ -43,10 +44,25 @@ class TopDown(Chain):
     def __init__(self, *, name: str = "model", plate: str = "data", **kernels: nn.Module) -> None:
         super().__init__(name, plate, kernels)
 
+    def _check_nesting(self) -> None:
+        for place, (site, home, _) in enumerate(self._steps):
+            kernel = self._modules[home]
+            if not is_chain(kernel):
+                continue
+            if not hasattr(kernel, "observation"):
+                raise TypeError(
+                    f"kernel {site!r} is a {type(kernel).__name__}, an inference chain, and a generative chain nests "
+                    "generative chains: TopDown or DenoisingChain."
+                )
+            if place and is_diffusion(kernel):
+                raise ValueError(
+                    f"kernel {site!r} is a diffusion, which starts from noise and takes no parent: make it the first."
+                )
+
     @property
     def latents(self) -> tuple[str, ...]:
         """Names of the latents from the top down."""
-        return tuple(site for site, *_ in self._steps[:-1])
+        return self._sites[:-1]
 
     @property
     def observation(self) -> str:
@@ -61,6 +77,7 @@ class TopDown(Chain):
         mask: Tensor | None = None,
         size: int | None = None,
         data_size: int | None = None,
+        visit: Callable[[Any], Tensor] | None = None,
     ) -> Tensor:
         """Run the program: ancestral sampling, or conditioning on x if it is not ``None``.
 
@@ -70,6 +87,8 @@ class TopDown(Chain):
             mask: True = observed, of the shape of x or (N,).
             size: N, where x, mask and context are all ``None``.
             data_size: size of the data set of which x is a minibatch.
+            visit: where a diffusion is nested in this chain, a function of it that gives the value of its site (N,
+                *event_shape); the diffusion's own sites are left out.
 
         Returns:
             The observation (N, *event_shape), sampled, or x with masked entries filled.
@@ -80,7 +99,9 @@ class TopDown(Chain):
         value: Any = None
         observation = self.observation
         with self.data_plate(size, data_size, None if like is None else like.device):
-            for site, kernel, infer in self.steps():
+            if visit is not None:
+                value = visit(self._visited())
+            for site, kernel, infer in self.steps() if visit is None else self._walk(self._steps[1:]):
                 distribution = self.distribution(site, kernel, value, context)
                 observed = site == observation
                 if observed:
@@ -136,8 +157,33 @@ class BottomUp(Chain):
     def __init__(self, *, name: str = "guide", plate: str = "data", **kernels: nn.Module) -> None:
         super().__init__(name, plate, kernels)
 
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Names of the latents from the data upwards."""
+        return self._sites
+
+    def _check_nesting(self) -> None:
+        for place, (site, home, _) in enumerate(self._steps):
+            kernel = self._modules[home]
+            if is_chain(kernel) and hasattr(kernel, "observation"):
+                raise TypeError(
+                    f"kernel {site!r} is a {type(kernel).__name__}, a generative chain, and an inference chain nests "
+                    "inference chains: BottomUp, Diffusion or DiscreteDiffusion."
+                )
+            if is_diffusion(kernel) and not 0 < place == len(self._steps) - 1:
+                raise ValueError(
+                    f"kernel {site!r} is a noising process, which takes the draw of the kernels before it up to noise: "
+                    "make it the last of two or more."
+                )
+
     def forward(
-        self, x: Tensor, context: Any = None, *, mask: Tensor | None = None, data_size: int | None = None
+        self,
+        x: Tensor,
+        context: Any = None,
+        *,
+        mask: Tensor | None = None,
+        data_size: int | None = None,
+        visit: Callable[[Any, dict[str, Tensor]], Any] | None = None,
     ) -> dict[str, Tensor]:
         """Draw the latents given x.
 
@@ -146,6 +192,8 @@ class BottomUp(Chain):
             context: covariates (N, c), passed to every kernel.
             mask: True = observed, of the shape of x or (N,); the first kernel sees 0 elsewhere.
             data_size: size of the data set of which x is a minibatch.
+            visit: where a noising process is nested in this chain, a function of it and of the draws before it, whose
+                result is returned; the process's own sites are left out.
 
         Returns:
             Draws by site, (..., N, *latent_shape).
@@ -154,11 +202,12 @@ class BottomUp(Chain):
         draw_global(self)
         values: dict[str, Tensor] = {}
         value = zero_masked(x, mask)
+        process = None if visit is None else self._visited()
         with self.data_plate(size, data_size, x.device):
-            for site, kernel, infer in self.steps():
+            for site, kernel, infer in self.steps() if visit is None else self._walk(self._steps[:-1]):
                 distribution = self.distribution(site, kernel, value, context)
                 value = values[site] = pyro.sample(site, distribution, infer=infer)
-        return values
+        return values if visit is None else visit(process, values)
 
     def _path(self) -> list[str]:
         return ["x", *super()._path()]

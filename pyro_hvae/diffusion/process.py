@@ -33,6 +33,11 @@ from pyro_hvae.diffusion.schedules import Schedule
 
 __all__ = ["Diffusion", "Noising", "NoisingProcess", "broadcast_level"]
 
+_INFINITE = (
+    "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
+    "DiffusionELBO, or give num_layers"
+)
+
 
 class Noising(NamedTuple):
     """alpha and sigma of one or more noise levels gamma, and what lies between two of them; shapes of gamma."""
@@ -89,6 +94,30 @@ class NoisingProcess(PyroModule):
         return self._pyro_name
 
     @property
+    def latents(self) -> tuple[str, ...]:
+        """Names of the latents from the data upwards."""
+        return tuple(f"z{i}" for i in range(1, (self.num_layers or 0) + 1))
+
+    def steps(self) -> Iterator[Any]:
+        """Yield (site name, kernel, None) from the data upwards, as a chain in which the process is nested needs them.
+
+        Raises:
+            ValueError: for continuous time.
+        """
+        if self.num_layers is None:
+            raise ValueError(_INFINITE)
+        conditionals: Iterator[Callable[[Tensor], TorchDistribution]] | None = None
+
+        def kernel(value: Tensor, context: Any = None) -> TorchDistribution:
+            nonlocal conditionals
+            if conditionals is None:
+                conditionals = self.conditionals(value)
+            return next(conditionals)(value)
+
+        for site in self.latents:
+            yield site, kernel, None
+
+    @property
     def noise(self) -> str:
         """Kind of noise, which model and guide must share."""
         raise NotImplementedError
@@ -132,10 +161,7 @@ class NoisingProcess(PyroModule):
         if visit is not None:
             return visit(self)
         if self.num_layers is None:
-            raise ValueError(
-                "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
-                "DiffusionELBO, or give num_layers"
-            )
+            raise ValueError(_INFINITE)
         size = batch_size(self.name, x, None, mask, None)
         values: dict[str, Tensor] = {}
         value = zero_masked(x, mask)

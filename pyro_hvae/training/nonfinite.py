@@ -120,7 +120,8 @@ def _replay_step(run: Run, group: list[Batch]) -> list[str]:
 
 def non_finite_sites(objective: PairObjective, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
     """Name the draws and log-densities of one run that are not finite, in the order they are computed."""
-    if getattr(objective.guide, "num_layers", 0) is None:  # a diffusion in continuous time has no run
+    diffusion = getattr(objective.guide, "nested", None) or objective.guide
+    if getattr(diffusion, "num_layers", 0) is None:  # a diffusion in continuous time has no run
         return []
     bound = objective.bound
     count = getattr(bound, "num_draws", getattr(bound, "num_particles", 1))
