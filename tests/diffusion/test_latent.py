@@ -265,6 +265,19 @@ def test_images_with_a_convolutional_decoder(num_layers):
             ph.TraceELBO().per_datum(model, guide, x)
 
 
+@pytest.mark.parametrize("num_layers", [5, None])
+def test_data_that_do_not_fit_are_named(num_layers):
+    model, guide = images(num_layers)
+    x = torch.zeros(6, 1, 8, 8)
+    x[2, 0, 3, 1] = math.nan
+    with pytest.raises(ValueError, match=r"^1 of 384 observed values at site 'x' are NaN .* index \(2, 0, 3, 1\)"):
+        DiffusionELBO().per_datum(model, guide, x)
+    assert DiffusionELBO().per_datum(model, guide, x, mask=x.isfinite()).isfinite().all()
+    x[2, 0, 3, 1] = 0.5
+    with pytest.raises(ValueError, match=r"^1 of 384 observed values at site 'x' lie outside .* index \(2, 0, 3, 1\)"):
+        DiffusionELBO().per_datum(model, guide, x)
+
+
 def test_further_latents_and_a_context():
     """x -> h -> z0 -> noise: h is an ordinary layer, and the diffusion is the prior of z0 alone."""
     noise = LinearSchedule(-3.0, 3.0)
