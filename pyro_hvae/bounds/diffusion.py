@@ -29,6 +29,7 @@ from pyro_hvae.bounds.capability import check_capable, check_data, data_of, laye
 from pyro_hvae.bounds.visits import Visited, outer_terms, visit_pair
 from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem
+from pyro_hvae.problem.checks import check_observation
 from pyro_hvae.problem.isolation import RUNNING, evaluating, kept_buffers, noted_parameters
 
 __all__ = ["DiffusionELBO", "SimpleDiffusionLoss"]
@@ -154,6 +155,7 @@ class DiffusionELBO(Bound):
                     stack.enter_context(noted_parameters())
                 visited = visit_pair(model, guide, (x, context, mask, data_size), inside)
         except (ValueError, RuntimeError):
+            check_observation("x", None, x, mask)  # for NaN and infinities
             for chain in chains:
                 check_data(chain, x, context, mask)
             raise

@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_hvae.bounds.capability import check_same_process
+from pyro_hvae.problem.checks import check_observation
 from pyro_hvae.problem.structure import sample_sites
 
 __all__ = ["Visited", "outer_terms", "visit_pair"]
@@ -74,10 +75,15 @@ def outer_terms(inner: dict[str, Tensor], visited: Visited) -> dict[str, Tensor]
     part of ``rate_<z>``.
 
     Raises:
-        ValueError: in training, for a draw without reparameterisation.
+        ValueError: in training, for a draw without reparameterisation; for data outside of the likelihood's support.
     """
-    for trace in (visited.model_trace, visited.guide_trace):
-        trace.compute_log_prob()
+    try:
+        for trace in (visited.model_trace, visited.guide_trace):
+            trace.compute_log_prob()
+    except ValueError:
+        for site in sample_sites(visited.model_trace):
+            check_observation(site["name"], site["fn"], site["value"])
+        raise
     guide_sites = {site["name"]: site for site in sample_sites(visited.guide_trace)}
     fixed = [name for name, site in guide_sites.items() if not site["fn"].has_rsample]
     if fixed and torch.is_grad_enabled():

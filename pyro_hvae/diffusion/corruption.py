@@ -156,8 +156,9 @@ class Absorbing(Corruption):
 
     Example:
         >>> noise = Absorbing(3)
-        >>> noise.marginal(torch.tensor(0.25), torch.tensor([0, 2]), 1).base_dist.probs.tolist()
-        [[0.75, 0.0, 0.0, 0.25], [0.0, 0.0, 0.75, 0.25]]
+        >>> noise.marginal(torch.tensor(0.25), torch.tensor([0, 2]), 1).base_dist.probs
+        tensor([[0.7500, 0.0000, 0.0000, 0.2500],
+                [0.0000, 0.0000, 0.7500, 0.2500]])
     """
 
     complete = True
@@ -263,8 +264,9 @@ class Uniform(Corruption):
 
     Example:
         >>> noise = Uniform(2)
-        >>> noise.marginal(torch.tensor(0.5), torch.tensor([0, 1]), 1).base_dist.probs.tolist()
-        [[0.75, 0.25], [0.25, 0.75]]
+        >>> noise.marginal(torch.tensor(0.5), torch.tensor([0, 1]), 1).base_dist.probs
+        tensor([[0.7500, 0.2500],
+                [0.2500, 0.7500]])
     """
 
     def __init__(self, num_categories: int, schedule: ReplacementSchedule | None = None) -> None:

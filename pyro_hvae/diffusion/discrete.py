@@ -42,11 +42,10 @@ class DiscreteDiffusion(NoisingProcess):
 
     Example:
         >>> from pyro_hvae.diffusion import Absorbing
-        >>> _ = torch.manual_seed(0)
         >>> guide = DiscreteDiffusion(Absorbing(3), num_layers=2)
         >>> z = guide(torch.tensor([[0, 1, 2, 1]]))
-        >>> z["z1"].tolist(), z["z2"].tolist()
-        ([[0, 3, 2, 1]], [[3, 3, 3, 3]])
+        >>> tuple(z["z1"].shape), z["z2"].tolist()
+        ((1, 4), [[3, 3, 3, 3]])
     """
 
     def __init__(

@@ -26,6 +26,9 @@ from pyro_hvae.diffusion import (
 from pyro_hvae.kernels import Bernoulli, Categorical, Gaussian, LinearGaussian, StandardNormal
 from pyro_hvae.models import latent_diffusion
 from pyro_hvae.nn import MLP, ConvDecoder, ConvEncoder, DenoisingMLP, UNet
+from pyro_hvae.training.compile import trace
+from pyro_hvae.training.compile.graph import split_batch
+from pyro_hvae.training.objective import PairObjective
 from tests.diffusion.categories import Linear
 
 C, WEIGHT, NOISE = 1.5, 0.8, 0.6
@@ -262,6 +265,19 @@ def test_images_with_a_convolutional_decoder(num_layers):
             ph.TraceELBO().per_datum(model, guide, x)
 
 
+@pytest.mark.parametrize("num_layers", [5, None])
+def test_data_that_do_not_fit_are_named(num_layers):
+    model, guide = images(num_layers)
+    x = torch.zeros(6, 1, 8, 8)
+    x[2, 0, 3, 1] = math.nan
+    with pytest.raises(ValueError, match=r"^1 of 384 observed values at site 'x' are NaN .* index \(2, 0, 3, 1\)"):
+        DiffusionELBO().per_datum(model, guide, x)
+    assert DiffusionELBO().per_datum(model, guide, x, mask=x.isfinite()).isfinite().all()
+    x[2, 0, 3, 1] = 0.5
+    with pytest.raises(ValueError, match=r"^1 of 384 observed values at site 'x' lie outside .* index \(2, 0, 3, 1\)"):
+        DiffusionELBO().per_datum(model, guide, x)
+
+
 def test_further_latents_and_a_context():
     """x -> h -> z0 -> noise: h is an ordinary layer, and the diffusion is the prior of z0 alone."""
     noise = LinearSchedule(-3.0, 3.0)
@@ -358,5 +374,24 @@ def test_what_does_not_nest():
         DiffusionELBO().per_datum(TopDown(z0=StandardNormal(2), x=decoder), guide, x)
     with pytest.raises(ValueError, match="one process for both"):
         DiffusionELBO().per_datum(model, BottomUp(z0=encoder, noise=Diffusion(LinearSchedule(-3.0, 3.0), 3)), x)
-    with pytest.raises(ValueError, match="none is nested there"):
-        TopDown(z0=StandardNormal(2), x=decoder)(x, visit=lambda chain: x)
+    with pytest.raises(ValueError, match="no diffusion is nested"):
+        TopDown(z0=StandardNormal(2), x=decoder)(x, visit=lambda chain: chain.around(lambda _: x, x))
+
+
+@pytest.mark.parametrize("num_layers", [4, None])
+def test_a_step_is_one_graph(num_layers):
+    """The flat graph of a step equals the eager one under the same noise."""
+    model, guide = latent_diffusion(
+        DenoisingMLP(2, hidden=8, num_layers=1), encoder=Gaussian(MLP(6, 4, (5,))), decoder=Bernoulli(MLP(2, 6, (5,))),
+        latent_shape=2, num_layers=num_layers,
+    )  # fmt: skip
+    x = (torch.rand(8, 6) < 0.5).double()
+    objective = PairObjective(DiffusionELBO(), model, guide, (x,), {}, None)
+    flat = trace(objective, list(objective.parameters()), (x,), {})
+    torch.manual_seed(3)
+    found = flat(*split_batch((x,), {})[0])
+    torch.manual_seed(3)
+    loss = objective(x)
+    torch.testing.assert_close(found[0], loss.detach())
+    for one, other in zip(found[1:], torch.autograd.grad(loss, flat.trained), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-8)
