@@ -336,6 +336,8 @@ def test_programs_that_do_not_fit():
         ph.Smoother(initial=nn.Linear(1, 1), transition=nn.Linear(1, 1), rnn=nn.Linear(1, 1))
     with pytest.raises(ValueError, match="bidirectional=False"):
         ph.Smoother(initial=nn.Linear(1, 1), transition=nn.Linear(1, 1), rnn=nn.GRU(1, 1, bidirectional=True))
+    with pytest.raises(TypeError, match="take a TopDown chain, got StateSpace"):
+        ph.impute(*linear(), torch.zeros(2, 4, D), torch.ones(2, 4, D, dtype=torch.bool))
     model, _ = linear(0, "previous")
     with pytest.raises(ValueError, match="simulate"):
         model(size=2, steps=3)
