@@ -91,6 +91,8 @@ class Watch:
 
     def on_start(self, run: Any) -> None:
         self.clock = time.process_time()
+        if run.stopped == "minutes" and self.seconds <= 60 * self.options.minutes:
+            run.stopped = None  # a finished run goes on where it is given more minutes
 
     def on_epoch(self, run: Any) -> None:
         self.seconds += time.process_time() - self.clock
