@@ -347,6 +347,11 @@ def _likelihood(
     model: TopDown, latents: dict[str, Tensor], size: int | None, context: Any
 ) -> tuple[TorchDistribution, Tensor]:
     """Return the distribution of the observation given latents, and a draw from it."""
+    if not isinstance(model, TopDown):
+        raise TypeError(
+            f"decode, reconstruct and impute take a TopDown chain, got {type(model).__name__}; for a StateSpace draw z "
+            "by encode(guide, x), and x by poutine.condition(model, {'z': z})(size=, steps=), or use forecast"
+        )
     unknown = set(latents) - set(model.latents)
     if unknown:
         raise ValueError(f"{sorted(unknown)} are no latents of {model.name!r}, which has {sorted(model.latents)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -49,6 +50,7 @@ class MarkovSequence(TorchDistribution):
         first: TorchDistribution,
     ) -> None:
         self.conditionals, self.num_steps, self.valid, self.first = conditionals, num_steps, valid, first
+        self._drawn: tuple[Tensor, list[TorchDistribution], bool] | None = None
         super().__init__(batch_shape, torch.Size((num_steps, *first.event_shape)), validate_args=False)
 
     @property
@@ -66,6 +68,7 @@ class MarkovSequence(TorchDistribution):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         values: list[Tensor] = []
+        distributions: list[TorchDistribution] = []
         value: Tensor | None = None
         state: Any = None
         for t in range(self.num_steps):
@@ -74,12 +77,14 @@ class MarkovSequence(TorchDistribution):
                 distribution = distribution.expand(shape)
             value = distribution.rsample() if distribution.has_rsample else distribution.sample()
             values.append(value)
+            distributions.append(distribution)
             state = self.conditionals.advance(t, value, state)
         drawn = torch.stack(values, len(shape))
-        if self.valid is None:
-            return drawn
-        valid = self.valid.reshape(self.valid.shape + (1,) * (len(self.event_shape) - 1))
-        return torch.where(valid, drawn, torch.zeros((), dtype=drawn.dtype, device=drawn.device))
+        if self.valid is not None:
+            valid = self.valid.reshape(self.valid.shape + (1,) * (len(self.event_shape) - 1))
+            drawn = torch.where(valid, drawn, torch.zeros((), dtype=drawn.dtype, device=drawn.device))
+        self._drawn = drawn, distributions, torch.is_grad_enabled()
+        return drawn
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
@@ -90,6 +95,9 @@ class MarkovSequence(TorchDistribution):
 
     def steps_log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of each step given those before it, (..., T); 0 after the end."""
+        own = self._own_steps(value)
+        if own is not None:
+            return self._counted(own)
         events = len(self.event_shape) - 1
         time = value.dim() - events - 1
         parts, start = [], 0
@@ -98,6 +106,27 @@ class MarkovSequence(TorchDistribution):
             start += count
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         joined = torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1) if len(parts) > 1 else parts[0]
+        return self._counted(joined)
+
+    def _counted(self, steps: Tensor) -> Tensor:
         if self.valid is None:
-            return joined
-        return torch.where(self.valid, joined, torch.zeros((), dtype=joined.dtype, device=joined.device))
+            return steps
+        return torch.where(self.valid, steps, torch.zeros((), dtype=steps.dtype, device=steps.device))
+
+    def _own_steps(self, value: Tensor) -> Tensor | None:
+        """Return the log-density of this object's own last draw, from the distributions of the steps that made it.
+
+        None for any other value, and for draws without a gradient where one is wanted now.
+        """
+        if self._drawn is None or self._drawn[0] is not value:
+            return None
+        _, distributions, with_gradient = self._drawn
+        bases: list[Any] = [getattr(distribution, "base_dist", None) for distribution in distributions]
+        if not all(type(base) is dist.Normal for base in bases) or (torch.is_grad_enabled() and not with_gradient):
+            return None
+        event = len(self.event_shape) - 1
+        if event != distributions[0].reinterpreted_batch_ndims:
+            return None
+        loc = torch.stack([base.loc for base in bases], -event - 1)
+        scale = torch.stack([base.scale for base in bases], -event - 1)
+        return dist.Normal(loc, scale).to_event(event).log_prob(value)

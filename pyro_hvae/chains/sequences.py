@@ -228,9 +228,17 @@ class BoundSequences:
         nodes.append(("value", f"{name}{t}", (*known, before), state))
         return (f"{name}{t}",)
 
+    def context_at(self, t: int) -> Any:
+        """Return the context of step t, of features that are taken apart once: an index a step would cost more."""
+        return self._contexts[t] if isinstance(self.context, Tensor) else self.context
+
+    @cached_property
+    def _contexts(self) -> tuple[Tensor, ...]:
+        return self.context.unbind(1)
+
     def covariates(self, t: int, state: Tensor | None) -> Any:
         """Return the context of step t, with the features of the history."""
-        context = self.context[:, t] if isinstance(self.context, Tensor) else self.context
+        context = self.context_at(t)
         if self.history is None:
             return context
         features = self.history.features(t, self.history.start() if state is None else state)
@@ -241,8 +249,7 @@ class BoundSequences:
     def at(self, t: int, before: Tensor | None, state: Any) -> TorchDistribution:
         model = self.model
         if before is None:
-            context = self.context[:, 0] if isinstance(self.context, Tensor) else self.context
-            return model.distribution("initial", model.initial, None, context)
+            return model.distribution("initial", model.initial, None, self.context_at(0))
         return model.distribution("transition", model.transition, before, self.covariates(t, state))
 
     def advance(self, t: int, value: Tensor, state: Any) -> Any:

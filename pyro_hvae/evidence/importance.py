@@ -117,8 +117,8 @@ def log_evidence(
         method: ``"importance"`` weighs draws of the guide; ``"prior"`` draws of the prior; ``"bayes"`` divides the
             joint by the posterior density at a point; ``"annealed"`` runs annealed importance sampling from the guide
             with ``num_samples`` chains (see :func:`pyro_hvae.evidence.anneal` for more control); ``"smc"`` resamples
-            the guide's draws along a chain (:class:`pyro_hvae.SMCBound`): 20 filters of ``num_samples / 20`` particles,
-            whose estimates are averaged; error, ess and k-hat are those of the 20; ``"enumerate"`` sums exactly over
+            the guide's draws along a chain (:class:`pyro_hvae.SMCBound`): 50 filters of ``num_samples / 50`` particles,
+            whose estimates are averaged; error, ess and k-hat are those of the 50; ``"enumerate"`` sums exactly over
             latents that are all discrete.  Where the model marks all latents
             ``infer={"enumerate": "parallel"}``, every method is that sum.
         chunk_size: draws (or chains) that run at once; memory grows with it, and with K numbers per datum.  By
@@ -251,7 +251,7 @@ def _exact(problem: Problem) -> Evidence:
     return Evidence(value, exact, torch.ones_like(value), torch.full_like(value, -torch.inf), 1, "enumerate")
 
 
-_FILTERS = 20
+_FILTERS = 50  # enough for a k-hat of their estimates
 
 
 def _smc(problem: Problem, sampling: Sampling) -> Evidence:

@@ -154,6 +154,25 @@ def test_a_density_integrates_to_one_and_draws_have_it(history):
     assert (ratio.mean() - 1).abs() < 5 * stderr(ratio) + 0.02
 
 
+def test_the_density_of_a_draw_is_that_of_a_copy():
+    """The distributions of the steps that made a draw are kept for its density; they have the same gradient."""
+    _, guide = linear()
+    x, lengths = torch.randn(4, 5, D), torch.tensor([5, 1, 3, 5])
+    with pyro.poutine.trace() as tape:
+        z = guide(x, lengths=lengths)
+    fn, parameters = tape.trace.nodes["z"]["fn"], list(guide.parameters())
+    values, gradients = [], []
+    for value in (z, z.clone()):
+        values.append(fn.log_prob(value))
+        gradients.append(torch.autograd.grad(values[-1].sum(), parameters, retain_graph=True))
+    assert fn._own_steps(z) is not None
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        blind = fn.rsample()
+    assert fn.log_prob(blind).requires_grad  # the draw has no gradient, its density has
+
+
 def test_filter_sees_the_past_and_smoother_the_future():
     torch.manual_seed(0)
     kernels = {"initial": Gaussian(nn.Linear(5, 4)), "transition": Gaussian(nn.Linear(2 + 5, 4))}
@@ -317,6 +336,8 @@ def test_programs_that_do_not_fit():
         ph.Smoother(initial=nn.Linear(1, 1), transition=nn.Linear(1, 1), rnn=nn.Linear(1, 1))
     with pytest.raises(ValueError, match="bidirectional=False"):
         ph.Smoother(initial=nn.Linear(1, 1), transition=nn.Linear(1, 1), rnn=nn.GRU(1, 1, bidirectional=True))
+    with pytest.raises(TypeError, match="take a TopDown chain, got StateSpace"):
+        ph.impute(*linear(), torch.zeros(2, 4, D), torch.ones(2, 4, D, dtype=torch.bool))
     model, _ = linear(0, "previous")
     with pytest.raises(ValueError, match="simulate"):
         model(size=2, steps=3)
