@@ -39,12 +39,12 @@ DATA = {
 }
 
 
-def trace(name, values, count=None):
-    """Trace of a model at values; with ``count`` copies of them along a first dim."""
+def trace(name, values, count=None, only=None):
+    """Trace of a model at values; with ``count`` copies of them, or of the site ``only``, along a first dim."""
     placed = poutine.Trace()
     for site, value in values.items():
         value = torch.as_tensor(value, dtype=torch.float64)
-        value = value if count is None else value.expand(count, *value.shape)
+        value = value if count is None or only not in (None, site) else value.expand(count, *value.shape)
         placed.add_node(site, type="sample", name=site, value=value, is_observed=False, infer={})
     return poutine.trace(poutine.replay(MODELS[name](DATA[name]), trace=placed)).get_trace()
 
@@ -74,6 +74,17 @@ def test_several_draws_at_once_have_the_density_of_one(name):
         if "log_prob" in node:
             several = together.nodes[site]["log_prob"].expand(3)  # a flat prior's 0 has no dims
             torch.testing.assert_close(several, node["log_prob"].expand(3))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_draws_of_one_site_at_once(name):
+    """Others are held, as for the k-hats of layers."""
+    exact = log_joint(name)
+    for site in VALUES[name]:
+        several = trace(name, VALUES[name], count=3, only=site)
+        several.compute_log_prob()
+        terms = [node["log_prob"] for node in several.nodes.values() if "log_prob" in node]
+        torch.testing.assert_close(sum(term.expand(3) for term in terms), exact.expand(3))
 
 
 def log_joint(name):
