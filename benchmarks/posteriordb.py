@@ -88,8 +88,9 @@ def row(name: str, kind: str, model: Model, guide: Any, found: Mapping[str, Any]
     start = time.perf_counter()
     report = ph.diagnose(model, guide, num_draws=4000, error={"budget": 20_000})
     judged = time.perf_counter() - start
-    levels = [f.level for f in report.findings if "Posterior Predictive" not in f.source]
-    verdict = min(levels, key=LEVELS.index)
+    judged_by = [f for f in report.findings if "Posterior Predictive" not in f.source]
+    worst = min(judged_by, key=lambda finding: LEVELS.index(finding.level))
+    verdict = worst.level
     accurate = shift < MEANS and ratio < SDS
     error = report.numbers.get("error")
     bound = float(error.moment.mean_shift) if error else math.inf
@@ -104,6 +105,7 @@ def row(name: str, kind: str, model: Model, guide: Any, found: Mapping[str, Any]
         "means off at most (guide's sd)": f"{bound:.2g}",
         "bound holds": "yes" if own <= bound else "no",
         "verdict": verdict,
+        "because": worst.what,
         "agrees": "yes" if (verdict in ("note", "good")) == accurate else "no",
         "far": "yes" if max(shift, ratio / SDS * MEANS) > FAR else "no",
         "seconds to train": f"{trained:.0f}",
@@ -133,6 +135,7 @@ def main() -> None:
             write(options.out, rows)
     agree = sum(one["agrees"] == "yes" for one in rows)
     print(show(rows))
+    print(f"{sum(one['bound holds'] == 'yes' for one in rows)} of {len(rows)} bounds hold")
     print(f"{agree} of {len(rows)} verdicts agree with the reference")
 
 

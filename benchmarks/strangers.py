@@ -33,6 +33,11 @@ def observed(mean: Tensor, sd: Tensor, y: Tensor) -> None:
     pyro.sample("y", dist.Normal(mean, sd[..., None]).to_event(1), obs=y)
 
 
+def together(*parts: Tensor, dim: int = -1) -> Tensor:
+    """Stack values of which some may have the draws' dim and others not."""
+    return torch.stack(torch.broadcast_tensors(*parts), dim)
+
+
 def linear(beta: Tensor, covariates: Tensor) -> Tensor:
     return (beta[..., None, :] * covariates).sum(-1)
 
@@ -60,7 +65,7 @@ def moving_average(data: Mapping[str, Any]) -> Callable[[], None]:
         errors = [y[0] - mu - phi * mu]
         for before, now in itertools.pairwise(y.unbind()):
             errors.append(now - (mu + phi * before + theta * errors[-1]))
-        pyro.factor("likelihood", dist.Normal(0.0, sigma[..., None]).log_prob(torch.stack(errors, -1)).sum(-1))
+        pyro.factor("likelihood", dist.Normal(0.0, sigma[..., None]).log_prob(together(*errors)).sum(-1))
 
     return model
 
@@ -89,7 +94,7 @@ def garch(data: Mapping[str, Any]) -> Callable[[], None]:
         variances = [torch.full_like(mu, first**2)]
         for before in y[:-1]:
             variances.append(alpha0 + alpha1 * (before - mu) ** 2 + beta1 * variances[-1])
-        sd = torch.stack(variances, -1).sqrt()
+        sd = together(*variances).sqrt()
         pyro.factor("likelihood", dist.Normal(mu[..., None], sd).log_prob(y).sum(-1) + torch.log1p(-alpha1))
 
     return model
@@ -136,8 +141,8 @@ def hidden_markov(data: Mapping[str, Any]) -> Callable[[], None]:
     def model() -> None:
         rows = [pyro.sample(name, dist.Dirichlet(torch.ones(2))) for name in ("theta1", "theta2")]
         low, gap = flat("low", constraints.positive), flat("gap", constraints.positive)
-        mu = pyro.deterministic("mu", torch.stack([low, low + gap], -1), event_dim=1)
-        transition = torch.stack(rows, -2).log()
+        mu = pyro.deterministic("mu", together(low, low + gap), event_dim=1)
+        transition = together(*rows, dim=-2).log()
         emission = dist.Normal(mu[..., None, :], 1.0).log_prob(y[:, None])
         forward = emission[..., 0, :]
         for t in range(1, len(y)):
@@ -164,10 +169,10 @@ def mixture(data: Mapping[str, Any]) -> Callable[[], None]:
 
     def model() -> None:
         low, gap = flat("low"), flat("gap", constraints.positive)
-        mu = pyro.deterministic("mu", torch.stack([low, low + gap], -1), event_dim=1)
+        mu = pyro.deterministic("mu", together(low, low + gap), event_dim=1)
         sigma = pyro.sample("sigma", dist.HalfNormal(2 * torch.ones(2)).to_event(1))
         theta = pyro.sample("theta", dist.Beta(torch.tensor(5.0), 5.0))
-        share = torch.stack([theta, 1 - theta], -1).log()
+        share = together(theta, 1 - theta).log()
         component = dist.Normal(mu[..., None, :], sigma[..., None, :])
         parts = share[..., None, :] + component.log_prob(y[:, None])
         prior = dist.Normal(0.0, 2.0).log_prob(mu).sum(-1)

@@ -87,33 +87,47 @@ class Search:
         count = min(_PILOT, self.left // 10)
         weights = self._timed("pilot", count, count, lambda: self._draw(count))
         self.variance = relative_variance(weights)
-        self.hard = pareto_khat(weights) > (good_khat(count) if self.num_samples else MOMENT_KHAT)
-        if not bool(self.hard.any()):
-            return
+        self.hard = self._above(pareto_khat(weights), count)
+
+    def _above(self, khat: Tensor, draws: int) -> Tensor:
+        """Return which data are to be annealed; none where that is impossible."""
+        hard = khat > (good_khat(draws) if self.num_samples else MOMENT_KHAT)
+        if not bool(hard.any()):
+            return hard
         try:
             self.problem.require_density("annealing")
             Path(self.problem, 2)
         except ValueError as error:
-            self._note(f"k-hat asks for annealing for {int(self.hard.sum())} data, which is not possible: {error}")
-            self.hard = torch.zeros_like(self.hard)
+            self._note(f"k-hat asks for annealing for {int(hard.sum())} data, which is not possible: {error}")
+            return torch.zeros_like(hard)
+        return hard
 
     def rounds(self, delta: float, tolerance: float | None) -> Sides:
         """Return the sides after one round, or after as many as the tolerance needs."""
         if tolerance is None:
-            return self._round(self.left, delta)
-        sides, share = None, delta / 2
+            sides = self._round(self.left, delta)
+            missing = int(sides.upper.isinf().sum())
+            if missing:
+                self._note(
+                    f"no upper side for {missing} data, where k-hat of the weights is above {MOMENT_KHAT:g} or the "
+                    "draws are too few: give a larger budget, a guide with wider tails, or posterior_samples"
+                )
+            return sides
+        before, share = None, delta / 2
         need = float(8 * self.variance.max() * (log_inverse(share) + 1.5)) / tolerance**2
         wanted = 1000 if not need < 1e9 else int(need) + 500
         while True:
-            sides_now = self._round(min(wanted, self.left), share)
-            sides = sides_now if sides is None else sides.intersect(sides_now)
+            now = self._round(min(wanted, self.left), share)
+            sides = now if before is None else before.intersect(now)
             if bool((sides.upper - sides.lower <= tolerance).all()):
                 return sides
             if self.left < 250:
                 width = float((sides.upper - sides.lower).max())
                 self._note(f"the budget is spent at a largest width of {width:.3g} nats, tolerance {tolerance:g}")
                 return sides
-            wanted, share = 4 * wanted, share / 2
+            plain = self.weights["importance"].forward
+            self.hard = self.hard | self._above(pareto_khat(plain), len(plain))  # for rounds of other draws
+            wanted, share, before = 4 * wanted, share / 2, sides
 
     def estimate(self, weights: Mapping[str, Weights]) -> Tensor:
         """Return the mean of the smoothed weights."""

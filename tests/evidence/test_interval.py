@@ -164,6 +164,15 @@ def test_rounds_stop_at_the_tolerance_and_report_what_they_spent():
     assert sum(stage.evaluations for stage in short.stages) <= 2000
 
 
+def test_annealing_reaches_a_tolerance_that_importance_sampling_can_not():
+    """A guide so narrow that its weights have no variance."""
+    x = torch.tensor([0.0, 2.0])
+    interval = evidence_interval(conjugate.model, conjugate.guide(scale=0.3), x, tolerance=0.3, budget=60_000)
+    assert interval.stages[-1].name == "annealed"
+    assert (interval.width <= 0.3).all()
+    assert ((interval.lower <= exact(x)) & (exact(x) <= interval.upper)).all()
+
+
 def test_estimate_is_between_and_is_no_side():
     x = torch.tensor([0.0, 2.0])
     interval = evidence_interval(conjugate.model, conjugate.guide(scale=1.0), x)
@@ -202,6 +211,7 @@ def test_what_can_not_be_annealed_is_said():
     interval = evidence_interval(model, guide, torch.tensor([4.0, 5.0]), budget=2000)
     assert interval.method == "importance"
     assert "not possible: site 'z' is discrete" in str(interval)
+    assert "no upper side for" in str(evidence_interval(conjugate.model, conjugate.guide(scale=0.1), torch.zeros(20)))
     small = evidence_interval(conjugate.model, conjugate.guide(scale=0.1), torch.zeros(20), budget=1000)
     assert "it needs a budget of" in str(small)
 
