@@ -82,7 +82,7 @@ class Encoder(nn.Module):
                 continue
             plain = columns if columns <= SQUARES_UP_TO or not hidden else 0
             pooled_widths.append(columns)
-            self.embed.append(perceptron(columns, hidden[:-1], hidden[-1]) if hidden else nn.Identity())
+            self.embed.append(perceptron(columns, hidden[:-1] or hidden, hidden[-1]) if hidden else nn.Identity())
             width += 2 + 2 * ((2 * plain + hidden[-1]) if hidden else plain)
         self.counts: Tensor
         self.register_buffer("counts", torch.zeros(len(pooled_widths)))
