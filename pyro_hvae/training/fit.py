@@ -35,6 +35,7 @@ from pyro_hvae.training.files import as_directory
 from pyro_hvae.training.history import History
 from pyro_hvae.training.loop import Data, Records, Run, Steps
 from pyro_hvae.training.objective import PairObjective
+from pyro_hvae.training.prepare import Move, held_out, move_programs
 from pyro_hvae.training.rebuild import factory_record
 from pyro_hvae.training.settings import describe, describe_feed, describe_optimizer, describe_schedule
 from pyro_hvae.training.step import Autocast, CompiledBatches, EagerStep, make_optimizer
@@ -71,6 +72,7 @@ def fit(
     *,
     bound: Any,
     optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    lr: float | None = None,
     epochs: int | None = None,
     steps: int | None = None,
     batch_size: int | None = 100,
@@ -81,11 +83,13 @@ def fit(
     seed: int | None = None,
     validation: Any = None,
     validate_every: int | None = None,
+    restore_best: bool = False,
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
     clip_norm: float | None = None,
     accumulate: int = 1,
     ema: float | None = None,
     precision: str | None = None,
+    device: torch.device | str | None = None,
     compile: bool | Mapping[str, Any] = False,
     run_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
@@ -118,6 +122,7 @@ def fit(
         bound: a bound or objective of this library, or an ELBO of Pyro with a ``differentiable_loss``.
         optimizer: a function from parameters to a torch optimiser, or such an optimiser; one fused Adam with
             rate 1e-3 by default.
+        lr: learning rate, of the default optimiser or of a function that takes ``lr``.
         epochs, steps: length of training, a resumed run's first part included; pass one of them.
         batch_size: rows a batch, over all processes; None for all data at once, in their order.
         data_size: N, if it is not the number of rows of ``data``.  It is passed to a model that takes the keyword, and
@@ -128,15 +133,20 @@ def fit(
             (keywords for a mapping), returns a batch.
         seed: of the order of the data; drawn from torch's generator by default.  The noise of the programs comes
             from torch's generator: call ``torch.manual_seed`` before building the programs.
-        validation: held-out data, like ``data``; minus the bound on it is recorded as ``validation_loss`` (for CUBO and
-            EUBO the estimate: smaller is better for each), always under the same noise, and on the averages if there
-            are any.
+        validation: held-out data, like ``data``, or the fraction of ``data`` that is held out (0.2: rows at random, or
+            the last rows if there is no shuffling); minus the bound on it is recorded as ``validation_loss`` (for CUBO
+            and EUBO the estimate: smaller is better for each), always under the same noise, and on the averages if
+            there are any.
         validate_every: steps between validations; by default an epoch, or once at the end of a shorter run.
+        restore_best: leave the programs with the weights (or averages) of the best validation; checkpoints keep the
+            last ones.
         schedule: a function from the optimiser to a scheduler of ``torch.optim.lr_scheduler``, stepped once a step
             (``ReduceLROnPlateau``: once a validation).
         clip_norm: largest global norm of the gradients.
         accumulate: batches whose gradients are averaged for one step.
         ema: decay of a moving average of the parameters.
+        device: where to train; programs that are modules are moved there. Batches are moved to the device and, after
+            one warning, to the dtype of the parameters.
         precision: ``"bf16"`` runs the programs under autocast.
         compile: True compiles the step into one graph (see :func:`pyro_hvae.compile_step`); a mapping gives its
             options.
@@ -195,7 +205,7 @@ def fit(
     )  # fmt: skip
     check_switches(
         compile, shuffle=shuffle, drop_last=drop_last, resume=resume == "anyway" or resume, progress=progress,
-        tensorboard=tensorboard,
+        tensorboard=tensorboard, restore_best=restore_best,
     )  # fmt: skip
     check_functions(transform, callbacks)
     ranks = Ranks(fabric)
@@ -208,9 +218,13 @@ def fit(
             seed = _seed(place)
         data, validation = read_data(model, data), read_data(model, validation)
         whole = feed(data, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
-        held_out = None if validation is None else feed(validation, batch_size=batch_size, shuffle=False)
+        whole, rest = held_out(whole, validation, batch_size)
+        if restore_best and rest is None:
+            raise ValueError("restore_best=True takes the weights of the best validation: pass validation=")
         batches = whole if ranks.world_size == 1 else whole.shard(ranks.rank, ranks.world_size)
-        change = _transform(transform)
+        move_programs(device, model, guide)
+        change = Move(_transform(transform), model, guide)
+        unchanged = transform is None
 
         check_data_size(data_size, whole)
         example = _example(batches, change)
@@ -223,11 +237,11 @@ def fit(
                 raise TypeError(what) from error
             raise
         require_scale(objective, example, batches, size)
-        check_data(objective, example, whole, None if transform is None else change)
+        check_data(objective, example, whole, None if unchanged and not change.moves else change)
         if place.source is None and isinstance(bound, Objective):
             bound.restart()
         objective.train()
-        own_optimizer = make_optimizer(optimizer, objective)
+        own_optimizer = make_optimizer(optimizer, objective, lr)
         settings["optimizer"] = describe_optimizer(own_optimizer)
         cast = objective if precision is None else Autocast(objective, precision)
         wrapped, stepped = ranks.setup(cast, own_optimizer)
@@ -248,7 +262,7 @@ def fit(
             settings |= {
                 "schedule": describe_schedule(own_schedule), "data": describe_feed(whole), "data_size": size,
                 "batch_size": getattr(whole, "batch_size", batch_size), "shuffle": shuffle, "drop_last": drop_last,
-                "transform": describe(transform), "seed": seed, "validation": describe_feed(held_out),
+                "transform": describe(transform), "seed": seed, "validation": describe_feed(rest),
                 "validate_every": validate_every, "clip_norm": clip_norm, "accumulate": accumulate, "ema": ema,
                 "precision": precision, "compile": describe(compile),
             }  # fmt: skip
@@ -265,7 +279,7 @@ def fit(
 
         run = Run(
             objective,
-            Data(batches, change, seed, accumulate, held_out, validate_every),
+            Data(batches, change, seed, accumulate, rest, validate_every),
             Steps(step, eager, own_optimizer, own_schedule, averages, check_every),
             Records(
                 place.history(), directory, checkpoint_every, keep, log_every, terms_every, place.run
@@ -273,6 +287,7 @@ def fit(
             own_callbacks,
             ranks,
         )
+        run.keeps_best = restore_best
         if place.source is not None:
             run.restore(place.source, place.changed)
             place.set_damaged_aside()
@@ -283,6 +298,8 @@ def fit(
         }  # fmt: skip
         place.begin(config, settings)
         run.train(steps, epochs)
+        if restore_best:
+            run.restore_best()
         return Result(model, guide, run.history, run.step, run.stopped, averages, directory)
 
 

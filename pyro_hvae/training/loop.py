@@ -122,6 +122,8 @@ class Run:
         self.step = self.epoch = self.batch = 0
         self.stopped: str | None = None
         self.best = math.inf
+        self.keeps_best = False
+        self._best_weights: dict[str, Tensor] | None = None
         self._take_step, self.eager = steps.take, steps.eager
         device = self.eager.parameters[0].device
         self.sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -288,10 +290,31 @@ class Run:
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(record["validation_loss"])
         improved = record["validation_loss"] < self.best
+        if improved and self.keeps_best:
+            self._keep_best()
         self.best = min(self.best, record["validation_loss"])
         self._add(record)
         if improved and self.run_dir is not None:
             self.save("best")
+
+    def _keep_best(self) -> None:
+        """Copy the weights that were validated: the averages, if there are any."""
+        with RUNNING, nullcontext() if self.averages is None else self.averages.applied():
+            self._best_weights = {name: value.clone() for name, value in self.objective.state_dict().items()}
+
+    def restore_best(self) -> None:
+        """Give the programs the weights of the best validation, of an earlier part of a resumed run too."""
+        weights = self._best_weights
+        if weights is None and self.run_dir is not None and (self._directory / "best").is_dir():
+            best = self._directory / "best"
+            checkpoint.verify(best, self.number)
+            weights = checkpoint.read_weights(best)
+            if self.averages is not None:
+                weights |= checkpoint.read_state(best)["ema"]["parameters"]
+        if weights is not None:
+            own = {name: value for name, value in weights.items() if not name.startswith("bound.")}
+            with RUNNING:
+                checkpoint.restore_weights(self.objective, {**self.objective.state_dict(), **own}, Path("best"))
 
     def _add(self, record: dict[str, Any]) -> None:
         self.history.append(record)

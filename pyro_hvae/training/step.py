@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,22 +119,28 @@ def adam(parameters: Any, lr: float = 1e-3, **options: Any) -> torch.optim.Adam:
 
 
 def make_optimizer(
-    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None, objective: nn.Module
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None,
+    objective: nn.Module,
+    lr: float | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimiser of every parameter of the objective that requires a gradient.
 
     Raises:
         TypeError: for an object that is no torch optimiser and makes none (Pyro's wrappers, for instance).
-        ValueError: if an optimiser lacks some of these parameters.
+        ValueError: if an optimiser lacks some of these parameters, or can't be given the rate.
     """
+    if lr is not None:
+        check_number("lr", lr, 0.0, ends="()")
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     if optimizer is None:
-        return adam(parameters)
+        return adam(parameters) if lr is None else adam(parameters, lr=lr)
+    if lr is not None and isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"lr={lr} can't be given to an optimizer that is made already: make it with this rate")
     made: Any = optimizer
     if not isinstance(made, torch.optim.Optimizer):
         if not callable(made) or type(made).__module__.startswith("pyro.optim"):
             raise TypeError(_no_optimizer(made))
-        made = made(parameters)
+        made = _called(made, parameters, lr)
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(_no_optimizer(made))
     if isinstance(made, torch.optim.LBFGS):
@@ -148,6 +155,16 @@ def make_optimizer(
             "of the parameters (such as functools.partial(torch.optim.Adam, lr=1e-3)) and fit() gives it all of them"
         )
     return made
+
+
+def _called(make: Any, parameters: list[Any], lr: float | None) -> Any:
+    if lr is None:
+        return make(parameters)
+    try:
+        inspect.signature(make).bind(parameters, lr=lr)
+    except TypeError as error:
+        raise ValueError(f"lr={lr} is passed to optimizer=, which does not take it ({error}): set it there") from error
+    return make(parameters, lr=lr)
 
 
 def _no_optimizer(value: Any) -> str:
