@@ -212,7 +212,7 @@ class TopDown(Chain):
             trace = poutine.trace(self.forward).get_trace(x[:1], context if context is None else context[:1])
         sites = {name: trace.nodes[name]["fn"] for name in self.latents}
         for fn in sites.values():
-            if len(fn.event_shape) != 1 or not isinstance(fn.support, type(constraints.real_vector)):
+            if len(fn.event_shape) != 1 or getattr(fn.support, "base_constraint", None) is not constraints.real:
                 return None
         extra = 0 if context is None else context.shape[-1]
         if x.dim() > 2 and extra:
@@ -224,7 +224,8 @@ class TopDown(Chain):
             if not kernels and x.dim() > 2:
                 net = nn.Sequential(nn.Flatten(1 - x.dim()), net)
             kernels[name], before = Gaussian(net), fn.event_shape[0]
-        return BottomUp(plate=self.plate_name, **kernels).to(x)
+        guide = BottomUp(plate=self.plate_name, **kernels)
+        return guide.to(x) if x.is_floating_point() else guide.to(x.device)
 
     def _check_data(self, site: str, distribution: TorchDistribution, x: Tensor, size: int) -> None:
         if distribution.event_shape != x.shape[1:]:

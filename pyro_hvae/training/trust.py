@@ -21,8 +21,8 @@ MODULES = (*(f"pyro_hvae{part}" for part in PARTS), "torch.nn", "torch.optim", "
 FUNCTIONS = frozenset(("pyro_hvae.bounds.warm_up",))
 """Functions that a file may call, besides the public functions of :mod:`pyro_hvae.models` and Pyro's ``init_to_*``."""
 
-ASSEMBLER = "pyro_hvae.cli.specs.make_pair"
-"""Builds programs from a specification, whose names are checked one by one."""
+ASSEMBLERS = frozenset(("pyro_hvae.cli.specs.make_pair", "amortize"))
+"""Build programs from a specification, whose names are checked one by one, or from a model."""
 
 CALLED = ("class_path", "object", "factory", "pair", "model", "guide")
 """Entries of a specification that name what is called or imported."""
@@ -88,7 +88,7 @@ def check_trusted(spec: Any, source: Any, trust: bool) -> None:
     if trust:
         return
     names = list(dict.fromkeys(names_in(spec)))
-    others = [name for name in names if name.replace(":", ".") != ASSEMBLER and not is_trusted(name)]
+    others = [name for name in names if name.replace(":", ".") not in ASSEMBLERS and not is_trusted(name)]
     if others:
         raise UntrustedError(
             f"{source} would call {', '.join(map(repr, others))}, which is not of this library. If you trust whoever "

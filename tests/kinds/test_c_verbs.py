@@ -31,11 +31,11 @@ MODULES: tuple[ModuleType, ...] = (
 
 # Public functions that run no program, or whose purpose is to change one.
 OF_NO_PROGRAM = {
-    "annealing", "compare", "discrete_diffusion", "hvae", "ladder_vae", "latent_diffusion", "log_spacing", "loo",
-    "of_model", "of_pair", "pit", "predictive_check", "problem_of", "resample", "sigmoid_temperatures",
-    "smoothed_weights", "temperatures", "to_inferencedata", "total", "vae", "vdm", "warm_up",
+    "annealing", "compare", "deep_markov", "discrete_diffusion", "hvae", "ladder_vae", "latent_diffusion",
+    "log_spacing", "loo", "of_model", "of_pair", "pit", "predictive_check", "problem_of", "resample", "sigmoid_temperatures",
+    "smoothed_weights", "table_vae", "temperatures", "to_inferencedata", "total", "vae", "vdm", "warm_up",
 }  # fmt: skip
-TRAINING = {"compile_step", "differentiable_loss", "fit", "fit_restarts", "load", "loss_and_grads"}
+TRAINING = {"compile_step", "differentiable_loss", "fit", "fit_restarts", "load", "loss_and_grads", "prepare"}
 
 
 class Restless(nn.Module):
@@ -122,10 +122,12 @@ OPTIONS: dict[str, Any] = {"num_chains": 2, "betas": 3}
 
 FUNCTIONS: dict[str, tuple[Make, Callable[..., Any]]] = {
     "active_units": (PAIR, lambda m, g, x: ph.diagnostics.active_units(m, g, x, num_draws=8)),
+    "amortize": (PAIR, lambda m, g, x: ph.amortize(m, x)),
     "anneal": (PAIR, lambda m, g, x: ph.evidence.anneal(m, g, x, **OPTIONS)),
     "calibrate": (PAIR, lambda m, g, x: ph.diagnostics.calibrate(m, g, x.repeat(8, 1), num_draws=9)),
     "compare_guides": (PAIR, lambda m, g, x: ph.compare_guides(m, x, guides={"own": g}, proposal=g, num_samples=100)),
     "diagnose": (PAIR, lambda m, g, x: ph.diagnose(m, g, x, num_draws=100)),
+    "evidence_interval": (PAIR, lambda m, g, x: ph.evidence_interval(m, g, x, budget=300)),
     "evidence_sandwich": (PAIR, lambda m, g, x: ph.evidence_sandwich(m, g, x, **OPTIONS)),
     "explain": (PAIR, lambda m, g, x: ph.explain(ph.LayerwiseELBO(), m, g, x)),
     "forward_kl": (PAIR, lambda m, g, x: ph.forward_kl(m, x, proposal=g, num_samples=100)),
@@ -134,7 +136,9 @@ FUNCTIONS: dict[str, tuple[Make, Callable[..., Any]]] = {
     "layers": (PAIR, lambda m, g, x: ph.diagnostics.layers(m, g, x, num_draws=4)),
     "log_evidence": (PAIR, lambda m, g, x: ph.log_evidence(m, g, x, num_samples=20, chunk_size=5)),
     "mean_variances": (PAIR, lambda m, g, x: ph.diagnostics.mean_variances(m, g, x, num_draws=8)),
+    "posterior_error": (PAIR, lambda m, g, x: ph.posterior_error(m, g, x, num_draws=100, budget=300)),
     "posterior_gap": (PAIR, lambda m, g, x: ph.evidence.posterior_gap(m, g, x, num_samples=12, num_steps=2)),
+    "predict": (PAIR, lambda m, g, x: ph.predict(m, g, x, num_draws=3)),
     "refine": (PAIR, lambda m, g, x: ph.evidence.refine(m, g, x, num_steps=2)),
     "reverse_kl": (PAIR, lambda m, g, x: ph.reverse_kl(m, x, num_steps=3)),
     "to_datatree": (PAIR, lambda m, g, x: ph.to_datatree(m, g, x, num_draws=4)),
@@ -145,11 +149,13 @@ FUNCTIONS: dict[str, tuple[Make, Callable[..., Any]]] = {
 OF_CHAINS: dict[str, Callable[..., Any]] = {
     "decode": lambda m, g, x: ph.decode(m, {"z": torch.zeros(5, 2)}),
     "encode": lambda m, g, x: ph.encode(g, x),
+    "interpolate": lambda m, g, x: ph.interpolate(m, g, x[0], x[1]),
     "impute": lambda m, g, x: ph.impute(m, g, x, torch.tensor([True, False]).expand(5, 2)),
     "reconstruct": lambda m, g, x: ph.reconstruct(m, g, x),
 }
 
 OBJECTIVES: dict[str, Callable[[], Any]] = {
+    "AnnealedBound": lambda: ph.AnnealedBound(2),
     "CUBO": lambda: ph.CUBO(2, 3),
     "DiffusionELBO": ph.DiffusionELBO,
     "EUBO": lambda: ph.EUBO(3),
@@ -157,6 +163,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "LayerwiseELBO": lambda: ph.LayerwiseELBO(2),
     "Regularised": lambda: ph.Regularised(ph.LayerwiseELBO(), kl_weight=0.5),
     "ReweightedWakeSleep": lambda: ph.ReweightedWakeSleep(3),
+    "SMCBound": lambda: ph.SMCBound(3, "multinomial"),
     "SimpleDiffusionLoss": ph.bounds.SimpleDiffusionLoss,
     "SleepPhase": ph.SleepPhase,
     "ThermodynamicBound": lambda: ph.ThermodynamicBound(3, 2),
@@ -192,12 +199,16 @@ def methods_of(kind: type) -> list[str]:
 
 
 def by_method(name: str, method: str) -> tuple[Make, Callable[..., Any]]:
-    make = DIFFUSION if "Diffusion" in name else PAIR
+    in_steps = "Diffusion" in name or name == "SMCBound"
+    make, sites = (DIFFUSION, ("z1", "z2", "z3", "z4")) if in_steps else (PAIR, ("z",))
 
     def evaluate(model: Any, guide: Any, x: Tensor) -> Any:
+        bound = OBJECTIVES[name]()
+        bound.prepare(model, guide, x)
         if method == "from_posterior":
-            return OBJECTIVES[name]().from_posterior(model, guide, {"z": torch.zeros(2, 5, 2)}, x)
-        return getattr(OBJECTIVES[name](), method)(model, guide, x)
+            draws = {site: torch.zeros(2, 5, 2) for site in sites}
+            return bound.from_posterior(model, guide, draws, x)
+        return getattr(bound, method)(model, guide, x)
 
     return make, evaluate
 
@@ -207,7 +218,7 @@ VERBS: dict[str, tuple[Make, Callable[..., Any]]] = {
     **{
         f"{name}.{method}": by_method(name, method)
         for name in OBJECTIVES
-        for method in methods_of(getattr(ph.bounds, name))
+        for method in methods_of(exported()[name])
         if method not in TRAINING
     },
     **{
@@ -218,7 +229,7 @@ VERBS: dict[str, tuple[Make, Callable[..., Any]]] = {
 
 def test_every_function_and_objective_is_in_a_table() -> None:
     functions = {name for name, found in exported().items() if inspect.isfunction(found)}
-    assert functions == set(FUNCTIONS) | set(OF_CHAINS) | OF_NO_PROGRAM | (TRAINING & functions)
+    assert functions == set(FUNCTIONS) | set(OF_CHAINS) | {"forecast"} | OF_NO_PROGRAM | (TRAINING & functions)
     assert not set(FUNCTIONS) & (OF_NO_PROGRAM | TRAINING)
     assert {name for name, found in exported().items() if is_objective(found)} == set(OBJECTIVES)
 
@@ -302,3 +313,14 @@ def test_chains_are_run_in_evaluation_mode(verb: str, ladder: bool) -> None:
         with pytest.raises((RuntimeError, ValueError), match=r"shape|size|multiplied"):
             OF_CHAINS[verb](model.train(), guide.train(), torch.zeros(5, 3))
         assert all(m.training for program in (model, guide) for m in program.modules())
+
+
+def test_a_forecast_is_run_in_evaluation_mode() -> None:
+    model, guide = ph.deep_markov(3, 2, hidden=4, gate=4, features=4)
+    x = torch.bernoulli(torch.full((2, 5, 3), 0.5))
+    for program in (model, guide):
+        program.train()
+        program.rnn_dropout = nn.Dropout(0.5).eval()  # a layer that its user has set apart
+    before = [m.training for program in (model, guide) for m in program.modules()]
+    assert ph.forecast(model, guide, x, steps=2, num_draws=3).isfinite().all()
+    assert [m.training for program in (model, guide) for m in program.modules()] == before
