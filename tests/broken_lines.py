@@ -91,7 +91,7 @@ PROBLEM = [
     ("problem/execute.py", "msg[\"value\"], msg[\"done\"] = self.indices[msg[\"name\"]], True", "pass", BATCHES),
     ("problem/execute.py", "stack.enter_context(evaluation_mode(programs.model, programs.guide))", "pass", MODES),
     ("problem/execute.py", "                stack.enter_context(kept_buffers(programs.model, programs.guide))\n", "",
-     f"{PARTICLES} {MODES}"),
+     f"{PARTICLES} {K}/test_c_verbs.py"),
     ("problem/execute.py", "stack.enter_context(no_statistics(programs.model, programs.guide))", "pass", BATCHES),
     ("problem/execute.py", "\"value\": site[\"value\"].detach()}", "\"value\": site[\"value\"]}", GRADIENTS),
     ("problem/execute.py", "stack.enter_context(frozen(trainable(programs.model, programs.guide, *freeze)))", "pass",

@@ -149,3 +149,35 @@ def test_minibatches_and_discrete_draws():
         objective = ph.Regularised(ph.TraceELBO(2, "score"), kl_weight=0.3)
         loss = objective.loss_and_grads(pair.model, pair.guide, *pair.args)
         assert loss.isfinite()
+
+
+def test_a_weight_that_is_not_a_number():
+    with pytest.raises(ValueError, match="at least 0, got nan at step 0"):
+        ph.Regularised(ph.LayerwiseELBO(), kl_weight=lambda step: torch.nan * step)
+
+
+def test_restart_begins_the_warm_up_again():
+    objective = ph.Regularised(ph.LayerwiseELBO(), kl_weight=warm_up(4))
+    objective.step.fill_(3)
+    objective.restart()
+    assert objective.step == 0
+    assert objective.weights_at(objective.step) == (0.0, 0.0)
+
+
+def test_weight_one_keeps_the_gradient_of_discrete_draws():
+    pair = build("discrete_chain")
+    bound = ph.TraceELBO(3, "score")
+    gradients = []
+    for objective in (bound(pair.model, pair.guide), ph.Regularised(bound, kl_weight=1.0)(pair.model, pair.guide)):
+        loss = seeded(objective, *pair.args)
+        gradients.append(torch.autograd.grad(loss, list(pair.guide.parameters())))
+    for first, second in zip(*gradients, strict=True):
+        assert first.abs().max() > 0
+        torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_gradients_that_are_not_derived_for_weighted_log_weights(case, gradient):
+    objective = ph.Regularised(ph.IWELBO(3, gradient), kl_weight=0.5)
+    with pytest.raises(ValueError, match=f"gradient '{gradient}' is not derived"):
+        objective.loss_and_grads(case.model, case.other, case.x)

@@ -33,7 +33,8 @@ MODULES: tuple[ModuleType, ...] = (
 OF_NO_PROGRAM = {
     "annealing", "compare", "deep_markov", "discrete_diffusion", "hvae", "ladder_vae", "latent_diffusion",
     "log_spacing", "loo", "of_model", "of_pair", "pit", "predictive_check", "problem_of", "resample",
-    "sigmoid_temperatures", "smoothed_weights", "table_vae", "temperatures", "to_inferencedata", "total", "vae", "vdm", "warm_up",
+    "sigmoid_temperatures", "smoothed_weights", "table_vae", "temperatures", "to_inferencedata", "total", "vae",
+    "vdm", "warm_up",
 }  # fmt: skip
 TRAINING = {"compile_step", "differentiable_loss", "fit", "fit_restarts", "load", "loss_and_grads", "prepare"}
 
