@@ -83,7 +83,7 @@ PROBLEM = [
     ("problem/run.py", "summed = summed - total(self.log_q)", "summed = summed + total(self.log_q)", RUN),
     ("problem/run.py", "if site[\"is_observed\"] or site[\"fn\"].has_rsample or", "if site[\"is_observed\"] or", GRADIENTS),
     ("problem/run.py", "                _clear_caches(site[\"fn\"])", "                pass", FLOWS),
-    ("problem/run.py", "with frozen(self._held) if self._held else nullcontext():", "with nullcontext():", FLOWS),
+    ("problem/run.py", "frozen(self._held) if self._held else nullcontext():", "nullcontext():", FLOWS),
     ("problem/run.py", "if info is not None and info.mask_from_model and site[\"mask\"] is None:", "if False:", COMPARED),
     ("problem/run.py", "if value.dim() > rank and any(", "if value.dim() > 99 and any(", f"{PARTICLES} {RUN}"),
     # execute
