@@ -199,7 +199,7 @@ def amortize(
 
     Args:
         model: a Pyro program.  What it observes and conditions on must be among its arguments, for new data.
-        *args, **kwargs: example data of the model; they standardise the inputs.
+        args, kwargs: example data of the model; they standardise the inputs.
         hidden: widths of hidden layers; ``()`` for encoders that are linear.
         families: by site, ``"full"`` (the default up to 40 dims), ``"low_rank"`` (the default above) or ``"diagonal"``:
             a Gaussian on the real line, mapped onto the support; a function from the widths of features and event to

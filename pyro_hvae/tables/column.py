@@ -76,7 +76,7 @@ class Column:
         return np.rint(values) if self.whole else values
 
     def log_scale(self, values: np.ndarray) -> np.ndarray:
-        """Return log |d encoded / d value| at encoded values, nats; 0 for counts and labels."""
+        """Return ``log |d encoded / d value|`` at encoded values, nats; 0 for counts and labels."""
         if self.family in REAL:
             return np.full(values.shape, -math.log(self.sd))
         if self.family == "gamma":
