@@ -97,7 +97,7 @@ class Schema:
         )
 
     def log_scale(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return ``log |dx / d value|`` (N,), nats: add it to log p(x) for the log-density in the units of the frame."""
+        """Return ``log |dx / d value|`` (N,), nats; added to log p(x), the log-density in the units of the frame."""
         numbers = np.asarray(x.detach().cpu(), dtype=float)
         with np.errstate(invalid="ignore", divide="ignore"):
             each = np.stack([column.log_scale(numbers[..., j]) for j, column in enumerate(self.columns)], -1)
