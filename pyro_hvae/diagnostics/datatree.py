@@ -130,6 +130,8 @@ def to_datatree(
     check_count("num_draws", num_draws)
     if chunk_size is not None:
         chunks(num_draws, chunk_size)
+    if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):
+        raise ValueError(f"groups is a list of names, got {groups!r}")
     labels = _Labels({} if coords is None else dict(coords), dims, error)
     with torch.no_grad():
         if isinstance(guide, AbstractMCMC):
@@ -139,7 +141,7 @@ def to_datatree(
         if predictions is not None:
             for source in sources:
                 source.predict_at(predictions)
-        elif groups is not None and set(NEW_GROUPS) & set(groups):
+        elif set(NEW_GROUPS) & set(groups or ()):
             raise ValueError("the groups of predictions need new data: pass predictions=, a tuple of arguments")
         return collect(sources, groups, labels, chunk_size, path, progress)
 
@@ -183,8 +185,6 @@ def collect(
 
 
 def _wanted(groups: Sequence[str] | None) -> frozenset[str]:
-    if isinstance(groups, str) or not isinstance(groups, (Iterable, type(None))):
-        raise ValueError(f"groups is a list of names, got {groups!r}")
     every = (*GROUPS, *NEW_GROUPS)
     unknown = sorted(set(groups or ()) - set(every))
     if unknown:
