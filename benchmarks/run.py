@@ -23,11 +23,11 @@ from tables import read, show, write
 
 HERE = Path(__file__).resolve().parent
 VERSIONS = ("torch", "pyro-ppl", "pyro-hvae", "numpyro", "jax", "pythae", "arviz-stats")
-STEP = "step.py --cases vae hvae2 iwae5 hvae5 --only pyro module hand compiled numpyro scan --rounds 40"
+STEP = "step.py --cases vae hvae2 iwae5 hvae5 --only floor pyro module hand compiled numpyro scan"
 AIS = "ais.py --train 20 --betas 10 --rounds 1"
 COMMANDS = {  # name: (command, command of the short mode, what it can't do without); {mnist} is the folder of --mnist
     "correctness": ("correctness.py", "correctness.py --short", None),
-    "step": (STEP, "step.py --cases vae --rounds 10 --only pyro module hand", None),
+    "step": (STEP, "step.py --cases vae --rounds 1 --steps 10 --only floor pyro module hand", None),
     "heldout": ("heldout.py --seconds 60 --jobs 2", "heldout.py --short", "sklearn"),
     "mnist": ("heldout.py --data idx:{mnist} --seconds 300 --jobs 2", "heldout.py --data idx:{mnist} --short", "mnist"),
     "evidence": ("heldout.py --evidence --seconds 6", "heldout.py --evidence --short", "sklearn"),
