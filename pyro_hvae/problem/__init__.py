@@ -16,7 +16,8 @@ sizes, distributions, masks and roles of the sites.
 """
 
 from pyro_hvae.problem.plates import Layout
-from pyro_hvae.problem.predict import Predictions, predict
+from pyro_hvae.problem.predict import predict
+from pyro_hvae.problem.predictions import Predictions
 from pyro_hvae.problem.problem import Problem
 from pyro_hvae.problem.reading import Reading
 from pyro_hvae.problem.run import Run, total

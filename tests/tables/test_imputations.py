@@ -125,6 +125,10 @@ def factor_pair():
     return model, ph.BottomUp(z1=ph.Gaussian(net)), kernel
 
 
+def gaussian_of(*, slope: float, shift: float, scale: float) -> ph.LinearGaussian:
+    return ph.LinearGaussian(1, 1, weight=torch.tensor([[slope]]), bias=torch.tensor([shift]), scale=scale)
+
+
 class TestExact:
     def test_importance_weights_give_the_exact_conditional(self):
         """With many proposals, draws of missing entries have the mean and covariance of the Gaussian conditional."""
@@ -148,6 +152,16 @@ class TestExact:
             assert ((found.mean(0) - expected).abs() < 4 * (variance / 1000).sqrt()).all()
             assert ((found.var(0) / variance - 1).abs() < 0.2).all()
             assert torch.equal(draws[:, n, seen], x[n, seen].expand(20_000, -1))
+
+    def test_the_density_of_the_guide_is_in_the_weights(self):
+        """z ~ N(0, 1), x | z ~ N(z, 1): the posterior N(x/2, 1/2) is as wide as the guide N(.5, .64), which counts."""
+        model = ph.TopDown(z=ph.StandardNormal(1), x=gaussian_of(slope=1.0, shift=0.0, scale=1.0))
+        guide = ph.BottomUp(z=gaussian_of(slope=0.0, shift=0.5, scale=0.8))
+        x = torch.tensor([[0.4], [1.5]])
+        z = weighted_latents(model, guide, x, num_particles=20_000, num_draws=20_000)["z"][..., 0]
+        # four standard errors of about 10,000 effective draws
+        assert ((z.mean(0) - x[:, 0] / 2).abs() < 4 * 0.01).all()
+        assert ((z.var(0) - 0.5).abs() < 4 * 0.01).all()
 
     def test_one_proposal_is_the_guide(self):
         model, guide, _ = factor_pair()
