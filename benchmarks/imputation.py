@@ -36,6 +36,7 @@ from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 from tables import show, write
 
 import pyro_hvae as ph
+from pyro_hvae.data import table
 
 PUBLISHED = {"breast_cancer": "0.287", "iris": "0.444"}
 
@@ -52,7 +53,7 @@ def vae_imputations(seen: pd.DataFrame, seed: int, epochs: int) -> ph.tables.Imp
     """Draws of the missing entries by a VAE that is trained on the others."""
     torch.manual_seed(seed)
     latent_dim, families = min(10, seen.shape[1]), dict.fromkeys(seen.columns, "gaussian")
-    model, guide = ph.table_vae(seen, latent_dim, families=families, hidden=(64, 64), min_scale=0.2)
+    model, guide = ph.table_vae(table(seen, families), latent_dim, hidden=(64, 64), min_scale=0.2)
     ph.fit(
         model, guide, seen, bound=ph.IWELBO(num_particles=20), epochs=epochs, batch_size=64, progress=False,
         terms_every=10**6,

@@ -178,8 +178,9 @@ CALLS = {
     "diagnose": (with_pair(ph.diagnose), {"num_draws": COUNT}),
     "calibrate": (
         with_pair(lambda *a, **o: ph.diagnostics.calibrate(*a, **o)),
-        {"num_draws": (*COUNT, 3), "num_simulations": COUNT, "alpha": PROBABILITY},
+        {"num_draws": (*COUNT, 3), "num_simulations": COUNT},
     ),
+    "Calibration": (lambda alpha: ph.diagnostics.Calibration({}, 9, alpha), {"alpha": PROBABILITY}),
     "weights.good_khat": (lambda n: weights.good_khat(n), {"n": (0, -1, nan, "3")}),
     "weights.psis": (
         lambda w: weights.psis(w), {"w": ("w", torch.full((9,), nan), torch.full((9,), inf), [], torch.zeros(2))},

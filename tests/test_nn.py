@@ -129,7 +129,7 @@ def test_output_bias_starts_at_the_logit_of_the_clipped_mean():
     torch.testing.assert_close(bias, torch.tensor([math.log(1e-3 / 0.999), math.log(0.999 / 1e-3), math.log(1 / 3)]))
     net = MLP(4, 3, xavier=True, output_bias=bias)
     torch.testing.assert_close(net(torch.zeros(4)), bias)  # tanh(0) = 0
-    decoder = ConvDecoder(2, (1, 8, 8), xavier=True, output_bias=-2.0)
+    decoder = xavier_(ConvDecoder(2, (1, 8, 8), output_bias=-2.0))
     torch.testing.assert_close(decoder(torch.zeros(2)), torch.full((1, 8, 8), -2.0))
 
 

@@ -71,7 +71,7 @@ def test_latents():
         plots.latent_map(torch.randn(50, 1))
     model, guide = ph.hvae(12, (4, 2), hidden=(8,))
     latents = ph.encode(guide, torch.zeros(1, 12), mean=True)
-    figure = plots.traversal(model, latents, (3, 4), site="z1", units=[0, 3], steps=5)
+    figure = plots.traversal(model, latents, (3, 4), site="z1", units=[0, 3], at=(-2, -1, 0, 1, 2))
     assert len(figure.axes) == 10
     with pytest.raises(ValueError, match=r"units of 'z1' are 0 to 3, got \[4\]"):
         plots.traversal(model, latents, (3, 4), site="z1", units=[4])

@@ -13,6 +13,7 @@ mode. Draws are a leading dim: ``num_draws=S`` gives (S, N, ...), ``None`` one d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -264,9 +265,8 @@ def impute(
     if num_particles == 1:
         latents = encode(guide, x, num_draws=num_draws, context=context, mask=mask)
     else:
-        latents = weighted_latents(
-            model, guide, x, mask=mask, num_draws=num_draws, num_particles=num_particles, context=context
-        )
+        given = {"context": context, "mask": mask}
+        latents = weighted_latents(model, guide, x, given, num_draws=num_draws, num_particles=num_particles)
     with torch.no_grad():
         drawn = _likelihood(model, latents, None, context)[1]
     seen = mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim()))
@@ -277,16 +277,16 @@ def weighted_latents(
     model: TopDown,
     guide: BottomUp | Ladder,
     x: Tensor,
+    given: Mapping[str, Any] | None = None,
     *,
     num_particles: int,
     num_draws: int | None = None,
-    context: Any = None,
-    mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Draw z of the model's posterior by sampling-importance-resampling: choose among L draws of the guide.
 
     Args:
-        model, guide, x, num_draws, context, mask: as in :func:`impute`.
+        model, guide, x, num_draws: as in :func:`impute`.
+        given: the other arguments of both, ``context`` and ``mask``; tensors have a row for each datum.
         num_particles: L >= 1.
 
     Returns:
@@ -303,14 +303,13 @@ def weighted_latents(
     pieces: list[dict[str, Tensor]] = []
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        covariates = context[part] if isinstance(context, Tensor) else context
-        shown = None if mask is None else mask[part]
+        shown = {key: value[part] if isinstance(value, Tensor) else value for key, value in (given or {}).items()}
         with torch.no_grad(), evaluation_mode(guide), evaluation_mode(model):
             with _draws(num_particles):
-                proposed = poutine.trace(guide).get_trace(x[part], covariates, mask=shown)
+                proposed = poutine.trace(guide).get_trace(x[part], shown.get("context"), mask=shown.get("mask"))
             with _draws(num_particles):
                 replayed = poutine.replay(model, trace=proposed)
-                explained = poutine.trace(replayed).get_trace(x[part], covariates, mask=shown)
+                explained = poutine.trace(replayed).get_trace(x[part], shown.get("context"), mask=shown.get("mask"))
             logits = _log_density(explained) - _log_density(proposed)
         logits = logits.expand(num_particles, len(x[part]))
         chosen = torch.distributions.Categorical(logits=logits.T).sample((num_draws or 1,))  # (S, rows)

@@ -47,12 +47,19 @@ class Calibration:
     Attributes:
         ranks: by test quantity, integers (simulations, *event_shape), 0 to ``num_draws``.
         num_draws: L.
-        alpha: level of the tests, for all quantities together (Holm, 1979), down to the resolution 1 / 2001 of each.
+        alpha: level of the tests, for all quantities together (Holm, 1979), down to the resolution 1 / 2001 of each;
+            ``dataclasses.replace(calibration, alpha=0.05)`` tests at another.
+
+    Raises:
+        ValueError: for an ``alpha`` outside of (0, 1).
     """
 
     ranks: dict[str, np.ndarray]
     num_draws: int
     alpha: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, 0.0, 1.0, ends="()")
 
     def tests(self) -> dict[str, Uniformity]:
         """Test each coordinate; return the tests by name (``z1[0]``)."""
@@ -134,7 +141,6 @@ def calibrate(
     num_simulations: int | None = None,
     quantities: Mapping[str, Quantity] | None = None,
     fit: Callable[..., Any] | None = None,
-    alpha: float = 0.01,
     progress: bool = False,
 ) -> Calibration:
     r"""Run simulation-based calibration of a guide, with its expected coverage.
@@ -148,7 +154,6 @@ def calibrate(
         quantities: ``f(values, args)`` of values by site (..., N, *event) and the programs' arguments, giving (..., N).
         fit: ``fit(*args, **kwargs)`` trains and returns a guide for one simulated data set, ``guide`` if that is not
             amortised.  It should start with ``pyro.clear_param_store()`` if the guide's parameters are kept there.
-        alpha: level of all tests together.
         progress: show a bar over data sets.
 
     Returns:
@@ -165,7 +170,6 @@ def calibrate(
         draws too narrow (p < 0.001)
     """
     check_count("num_draws", num_draws)
-    check_number("alpha", alpha, 0.0, 1.0, ends="()")
     if num_simulations is not None:
         check_count("num_simulations", num_simulations)
     if num_draws < 9:
@@ -191,7 +195,7 @@ def calibrate(
             f"only {size} simulation(s) to compare: give num_simulations, or data in a plate common to all sites, each "
             "of which is a simulation"
         )
-    return Calibration(joined, num_draws, alpha)
+    return Calibration(joined, num_draws)
 
 
 class _Ranks:

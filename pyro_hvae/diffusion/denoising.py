@@ -94,9 +94,11 @@ class DenoisingChain(ReverseChain):
         num_layers: T; None for continuous time.
         likelihood: kernel for p(x | z_1); :class:`RescaledGaussian` by default.
         parameterisation: what the denoiser predicts.
-        reverse_variance: factor by which p(z_{t-1}|z_t) is wider than q(z_{t-1}|z_t, x), since it does not depend on x;
-            by default it is not wider.
         name, plate: as in the chains.
+
+    Attributes:
+        reverse_variance: None, or a :class:`ReverseVariance` that is assigned: the factor by which p(z_{t-1}|z_t) is
+            wider than q(z_{t-1}|z_t, x), since it does not depend on x.
 
     Raises:
         ValueError: for T < 1, an unknown parameterisation.
@@ -120,7 +122,6 @@ class DenoisingChain(ReverseChain):
         num_layers: int | None,
         likelihood: nn.Module | None = None,
         parameterisation: str = "eps",
-        reverse_variance: ReverseVariance | None = None,
         name: str = "model",
         plate: str = "data",
     ) -> None:
@@ -138,7 +139,7 @@ class DenoisingChain(ReverseChain):
             plate=plate,
         )
         self.schedule = schedule
-        self.reverse_variance = reverse_variance
+        self.reverse_variance: ReverseVariance | None = None
         self.parameterisation = parameterisation
 
     @property

@@ -28,7 +28,26 @@ from pyro_hvae.kernels import Kernel
 __all__ = ["DiscreteDenoisingChain", "DiscreteDiffusion"]
 
 
-class DiscreteDiffusion(NoisingProcess):
+class _Corrupted:
+    """Noise, schedule and times of a program that has a corruption."""
+
+    corruption: Any  # a Corruption
+    num_layers: int | None
+
+    @property
+    def noise(self) -> str:
+        return self.corruption.noise
+
+    @property
+    def schedule(self) -> ReplacementSchedule:
+        return self.corruption.schedule
+
+    def time(self, index: Any) -> Any:
+        assert self.num_layers is not None
+        return self.corruption.time(index, self.num_layers)
+
+
+class DiscreteDiffusion(_Corrupted, NoisingProcess):
     """Noise on categories as a guide, without parameters.
 
     Args:
@@ -64,18 +83,6 @@ class DiscreteDiffusion(NoisingProcess):
     @property
     def corruption(self) -> Corruption:
         return self._held[0]
-
-    @property
-    def noise(self) -> str:
-        return self.corruption.noise
-
-    @property
-    def schedule(self) -> ReplacementSchedule:
-        return self.corruption.schedule
-
-    def time(self, index: Any) -> Any:
-        assert self.num_layers is not None
-        return self.corruption.time(index, self.num_layers)
 
     def marginal(self, t: Tensor, x: Tensor) -> TorchDistribution:
         """Return q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
@@ -122,7 +129,7 @@ class _LastStep(Kernel):
         return chain.corruption.last(time, parent, chain.predict(parent, time, context), self.event_dim)
 
 
-class DiscreteDenoisingChain(ReverseChain):
+class DiscreteDenoisingChain(_Corrupted, ReverseChain):
     """The generative chain of a discrete diffusion, with one denoiser for all of its kernels.
 
     Args:
@@ -163,18 +170,6 @@ class DiscreteDenoisingChain(ReverseChain):
         )
         last._chain = (self,)
         self.corruption = corruption
-
-    @property
-    def noise(self) -> str:
-        return self.corruption.noise
-
-    @property
-    def schedule(self) -> ReplacementSchedule:
-        return self.corruption.schedule
-
-    def time(self, index: Any) -> Any:
-        assert self.num_layers is not None
-        return self.corruption.time(index, self.num_layers)
 
     def predict(self, z: Tensor, t: Tensor, context: Any = None) -> Tensor:
         """Return log-probabilities of the datum's entries given the other entries of z, (..., *event_shape, C)."""

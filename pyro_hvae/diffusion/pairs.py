@@ -15,9 +15,54 @@ from pyro_hvae.diffusion.process import Diffusion
 from pyro_hvae.diffusion.replacement import PowerReplacement, ReplacementSchedule
 from pyro_hvae.diffusion.schedules import LinearSchedule, Schedule
 
-__all__ = ["discrete_diffusion", "latent_diffusion"]
+__all__ = ["discrete_diffusion", "latent_diffusion", "vdm"]
 
 NOISES: dict[str, type[Corruption]] = {"absorbing": Absorbing, "any_order": AnyOrder, "uniform": Uniform}
+
+
+def vdm(
+    denoiser: nn.Module,
+    *,
+    event_shape: Sequence[int] | int,
+    num_layers: int | None,
+    schedule: Schedule | None = None,
+    likelihood: nn.Module | None = None,
+    parameterisation: str = "eps",
+) -> tuple[DenoisingChain, Diffusion]:
+    """Return a variational diffusion model: a denoising chain, and the noising process as its guide.
+
+    Args:
+        denoiser: module called with (z, gamma), or (z, gamma, context).
+        event_shape: of one datum.
+        num_layers: T; None for continuous time.
+        schedule: gamma(t); :class:`~pyro_hvae.diffusion.LinearSchedule` by default.  A learned one is trained
+            as a part of the model.
+        likelihood: kernel for p(x | z_1); by default the Gaussian that the first noise level leaves.
+        parameterisation: what the denoiser predicts: ``"eps"``, ``"x0"``, ``"v"`` or ``"score"``.
+
+    Raises:
+        ValueError: for an ``event_shape`` without sizes or with one below 1, T < 1, or an unknown parameterisation.
+
+    Reference:
+        Variational Diffusion Models (Kingma, Salimans, Poole and Ho, 2021).
+
+    Example:
+        >>> from pyro_hvae.nn import DenoisingMLP
+        >>> model, guide = vdm(DenoisingMLP(2), event_shape=2, num_layers=10)
+        >>> model(size=3).shape
+        torch.Size([3, 2])
+    """
+    shape = event_sizes(event_shape)
+    noise = LinearSchedule() if schedule is None else schedule
+    model = DenoisingChain(
+        denoiser,
+        event_shape=shape,
+        schedule=noise,
+        num_layers=num_layers,
+        likelihood=likelihood,
+        parameterisation=parameterisation,
+    )
+    return model, Diffusion(noise, num_layers, event_dim=len(shape))
 
 
 def discrete_diffusion(

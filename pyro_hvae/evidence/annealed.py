@@ -72,7 +72,6 @@ def annealing(
     *,
     reverse: bool = False,
     resample: Callable[[Any, Tensor], Any] | None = None,
-    progress: bool = False,
 ) -> tuple[Any, Tensor]:
     r"""Run annealed importance sampling for any state, difference of log-densities and move.
 
@@ -93,7 +92,7 @@ def annealing(
         steps.reverse()
     total: Any = 0.0
     log_means: Any = 0.0  # of weights before each resampling
-    for t in tqdm(steps, disable=not progress, desc="annealing", unit="temperature"):
+    for t in steps:
         total = total + float(betas[t] - betas[t - 1]) * difference(state)
         if resample is not None and not reverse:
             state, total, log_means = _resampled(state, total, log_means, resample)
@@ -221,15 +220,21 @@ def run_chains(
         _check_posterior_draws(path.difference(state))
         for _ in range(num_refreshes):
             state = moves(state, len(moves.betas) - 1)
-    state, weights = annealing(
-        state,
-        path.difference,
-        moves,
-        moves.betas,
-        reverse=reverse_from is not None,
-        resample=path.take if resample and path.num_chains > 1 else None,
-        progress=progress,
-    )
+    total = len(moves.betas) - 1
+    with tqdm(total=total, disable=not progress, desc="annealing", unit="temperature") as bar:
+
+        def move(state: Any, t: int) -> Any:
+            bar.update()
+            return moves(state, t)
+
+        state, weights = annealing(
+            state,
+            path.difference,
+            move,
+            moves.betas,
+            reverse=reverse_from is not None,
+            resample=path.take if resample and path.num_chains > 1 else None,
+        )
     return Chains(weights, path.constrain(state), moves)
 
 

@@ -84,10 +84,8 @@ def posterior_gap(
     *,
     num_samples: int = 1000,
     num_steps: int = 500,
-    num_particles: int = 16,
     learning_rate: float = 0.05,
     method: str = "importance",
-    chunk_size: int | None = None,
     progress: bool = False,
 ) -> PosteriorGap:
     r"""Split log p(x) - ELBO = KL(q(z|x) || p(z|x)) into approximation and amortisation gap, per datum.
@@ -96,9 +94,8 @@ def posterior_gap(
         model, guide: Pyro programs, called with ``args`` and ``kwargs``; or a bound
             :class:`~pyro_hvae.problem.Problem` instead of all of these.
         num_samples: draws for each of the two bounds and for the evidence.
-        num_steps, num_particles, learning_rate: of the refinement, see :func:`refine`.
+        num_steps, learning_rate: of the refinement, see :func:`refine`.
         method: of :func:`pyro_hvae.evidence.log_evidence`, with the refined guide as the proposal.
-        chunk_size: draws that run at once.
         progress: show a bar.
 
     Returns:
@@ -119,16 +116,12 @@ def posterior_gap(
         >>> bool(gap.approximation.abs().max() < 0.02)
         True
     """
-    sampling = Sampling(num_samples, chunk_size, progress)
+    sampling = Sampling(num_samples, None, progress)
     before = draw_log_weights(problem, sampling)
-    guide = refine(
-        problem, num_steps=num_steps, num_particles=num_particles, learning_rate=learning_rate, progress=progress
-    )
+    guide = refine(problem, num_steps=num_steps, learning_rate=learning_rate, progress=progress)
     refined = problem.with_guide(guide)
     after = draw_log_weights(refined, sampling)
-    evidence = log_evidence(
-        refined, num_samples=num_samples, method=method, chunk_size=chunk_size, progress=progress
-    )
+    evidence = log_evidence(refined, num_samples=num_samples, method=method, progress=progress)
     return PosteriorGap(
         evidence=evidence,
         elbo=before.mean(0),
@@ -174,7 +167,7 @@ def refine(
             # The data share no free parameter, so the gradient of the sum is that of each.
             slopes = torch.autograd.grad(-weights.mean(0).sum(), free)
         for parameter, slope in zip(free, slopes, strict=True):
-            parameter.grad = slope.nan_to_num()
+            parameter.grad = slope
         optimizer.step()
     return guide
 

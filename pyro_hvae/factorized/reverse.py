@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import trange
 
 from pyro_hvae.bounds import TraceELBO
 from pyro_hvae.factorized.ascent import ascend, is_tabular
@@ -37,20 +36,19 @@ from pyro_hvae.problem.isolation import unchanged
 
 __all__ = ["reverse_kl"]
 
+_DRAWS = 16  # a step
+
 
 class Adam(NamedTuple):
     """Settings of the stochastic gradients."""
 
     num_steps: int
-    num_particles: int
     learning_rate: float
-    progress: bool
 
     def check(self) -> None:
-        if self.num_steps < 1 or self.num_particles < 1 or not self.learning_rate > 0:
+        if self.num_steps < 1 or not self.learning_rate > 0:
             raise ValueError(
-                "need num_steps >= 1, num_particles >= 1 and learning_rate > 0, got "
-                f"{self.num_steps}, {self.num_particles}, {self.learning_rate}"
+                f"need num_steps >= 1 and learning_rate > 0, got {self.num_steps} and {self.learning_rate}"
             )
 
 
@@ -62,9 +60,7 @@ def reverse_kl(
     blocks: Sequence[Sequence[str]] = (),
     start: Mapping[str, Tensor] | None = None,
     num_steps: int = 1500,
-    num_particles: int = 16,
     learning_rate: float = 0.05,
-    progress: bool = False,
 ) -> ProductGuide:
     r"""Fit the product of factors that minimises KL(q(z)||p(z|x)), which has the largest ELBO.
 
@@ -77,8 +73,7 @@ def reverse_kl(
         families, blocks: as for :func:`forward_kl`.
         start: a value by site at which the search starts; by default tables use several starts, and gradients start at
             the prior's medians.
-        num_steps, num_particles, learning_rate: of the stochastic gradients.
-        progress: show a bar for them.
+        num_steps, learning_rate: of the stochastic gradients, with 16 draws a step.
 
     Returns:
         :class:`ProductGuide`, a guide for these arguments.
@@ -98,7 +93,7 @@ def reverse_kl(
         >>> q.mean.round(decimals=4), q.variance.round(decimals=4)  # 1/(1 + 1); the marginal's is 2/3
         (tensor(1.), tensor(0.5000))
     """
-    adam = Adam(num_steps, num_particles, learning_rate, progress)
+    adam = Adam(num_steps, learning_rate)
     adam.check()
     problem = with_prior(prepare(problem))
     with unchanged(problem.model):
@@ -167,11 +162,11 @@ def train(guide: ProductGuide, problem: Problem, adam: Adam) -> None:
     with torch.no_grad():
         structure = problem.run(2).structure
     score = any(not structure.sites[name].has_rsample for name in structure.drawn)
-    bound = TraceELBO(adam.num_particles, gradient="score" if score else "pathwise")
+    bound = TraceELBO(_DRAWS, gradient="score" if score else "pathwise")
     parameters = list(guide.parameters())
     optimizer = torch.optim.Adam(parameters, lr=adam.learning_rate)
     means, first = [torch.zeros_like(parameter) for parameter in parameters], adam.num_steps // 2
-    for step in trange(adam.num_steps, disable=not adam.progress, desc="reverse KL", unit="step"):
+    for step in range(adam.num_steps):
         fraction = step / adam.num_steps
         cosine = 0.5 * (1 + math.cos(math.pi * fraction))
         optimizer.param_groups[0]["lr"] = adam.learning_rate * (0.01 + 0.99 * cosine)

@@ -23,7 +23,6 @@ def table_vae(
     frame: Any,
     latent_dim: int,
     *,
-    families: Mapping[str, str] | None = None,
     hidden: Sequence[int] = (128, 128),
     activation: str = "relu",
     min_scale: float = 0.1,
@@ -36,10 +35,10 @@ def table_vae(
     the same columns.  Densities are those of standardised values; ``schema.log_scale`` converts them.
 
     Args:
-        frame: a ``pandas.DataFrame`` with missing entries, or what describes one: a
-            :class:`~pyro_hvae.tables.Table`, its ``schema``, or ``schema.record()``.
+        frame: a ``pandas.DataFrame`` with missing entries, whose families are inferred, or what describes one: a
+            :class:`~pyro_hvae.tables.Table` (``table(frame, families={...})`` sets families), its ``schema``, or
+            ``schema.record()``.
         latent_dim: width of the latent z1.
-        families: families by column, for those that are not to be inferred; see :func:`pyro_hvae.data.table`.
         hidden: widths of the encoder's hidden layers; the decoder has them reversed.
         activation: ``"relu"``, ``"silu"`` or ``"tanh"``.
         min_scale: floor of the scales of real and positive columns, in standard deviations of the column, in (0, 1).
@@ -65,7 +64,7 @@ def table_vae(
         >>> guide(**table(frame).arguments)["z1"].shape
         torch.Size([4, 2])
     """
-    schema = _schema(frame, families)
+    schema = _schema(frame)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}; got {activation!r}.")
     if not hidden or min(latent_dim, *hidden) < 1:
@@ -86,11 +85,9 @@ def table_vae(
     return model, guide
 
 
-def _schema(frame: Any, families: Mapping[str, str] | None) -> Schema:
+def _schema(frame: Any) -> Schema:
     if is_frame(frame):
-        return table(frame, families).schema
-    if families is not None:
-        raise ValueError("families are inferred from a frame: pass the frame, or a table that was built with them.")
+        return table(frame).schema
     if isinstance(frame, Table):
         return frame.schema
     if isinstance(frame, Schema):

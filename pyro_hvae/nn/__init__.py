@@ -15,9 +15,9 @@ so that the slowest pair is nearly linear over the range of a schedule and the f
 
 A denoiser of categories gets :math:`\gamma = \log b - \log a`, a the probability that an entry is still the datum's.
 
-**Initial weights.** ``xavier=True`` draws weights with variance 2 / (fan in + fan out), biases zero, as in
-Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016); their decoder's output bias starts at the
-logit of the training data's mean, which is :func:`logit_of_mean`.
+**Initial weights.** :func:`xavier_` of a network, and ``MLP(..., xavier=True)``, draw weights with variance 2 / (fan
+in + fan out), biases zero, as in Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016); their
+decoder's output bias starts at the logit of the training data's mean, which is :func:`logit_of_mean`.
 """
 
 from pyro_hvae.nn.denoisers import DenoisingMLP, TimeEmbedding, UNet

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_hvae.nn.layers import context_features as known_context
-from pyro_hvae.nn.layers import fill, flatten_leading, xavier_
+from pyro_hvae.nn.layers import fill, flatten_leading
 
 __all__ = ["ConvDecoder", "ConvEncoder"]
 
@@ -24,7 +24,6 @@ class ConvEncoder(nn.Module):
         out_features: width of the output, e.g. 2 d for a ``Gaussian`` kernel.
         channels: channels after each halving.
         activation: makes the activation.
-        xavier: start from Xavier weights and zero biases.
         context_features: c, width of the context or number of classes; 0 for none.  The context joins the image's
             features before the last layer.
 
@@ -43,7 +42,6 @@ class ConvEncoder(nn.Module):
         channels: Sequence[int] = (32, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         *,
-        xavier: bool = False,
         context_features: int = 0,
     ) -> None:
         super().__init__()
@@ -54,8 +52,6 @@ class ConvEncoder(nn.Module):
             layers += [nn.Conv2d(left, right, 3, stride=2, padding=1), activation()]
         self.convolutions = nn.Sequential(*layers)
         self.output = nn.Linear(channels[-1] * math.prod(sizes[-1]) + context_features, out_features)
-        if xavier:
-            xavier_(self)
 
     def forward(self, image: Tensor, context: Tensor | None = None) -> Tensor:
         """Map (..., C, H, W), and (..., c) or integer labels (...), to (..., out)."""
@@ -83,7 +79,6 @@ class ConvDecoder(nn.Module):
         event_shape: (C, H, W) of the output, any size; for a kernel with two parameters a pixel double C.
         channels: channels before each doubling, coarse to fine.
         activation: makes the activation.
-        xavier: start from Xavier weights and zero biases.
         output_bias: where the output starts, (C, H, W) or a number; e.g. ``logit_of_mean(x)``.
         context_features: c, width of the context or number of classes, joined to the input; 0 for none.  A kernel joins
             its context to the input of a decoder without it, whose ``in_features`` is then d + c.
@@ -104,7 +99,6 @@ class ConvDecoder(nn.Module):
         channels: Sequence[int] = (64, 32),
         activation: Callable[[], nn.Module] = nn.SiLU,
         *,
-        xavier: bool = False,
         output_bias: Tensor | float | None = None,
         context_features: int = 0,
     ) -> None:
@@ -121,8 +115,6 @@ class ConvDecoder(nn.Module):
         )
         self.output = nn.Conv2d(channels[-1], self.event_shape[0], 3, padding=1, bias=False)
         self.bias = nn.Parameter(torch.zeros(self.event_shape))
-        if xavier:
-            xavier_(self)
         if output_bias is not None:
             fill(self.bias, output_bias, "output_bias")
 

@@ -77,10 +77,9 @@ def traversal(
     *,
     site: str,
     units: Sequence[int],
-    width: float = 2.5,
-    steps: int = 9,
+    at: Sequence[float] = (-2.5, -1.875, -1.25, -0.625, 0.0, 0.625, 1.25, 1.875, 2.5),
 ) -> Figure:
-    """Plot the effect of units on the image: one row per unit, from -width to width, with all others fixed.
+    """Plot the effect of units on the image: one row per unit, one image per value, with all others fixed.
 
     Args:
         model: a chain with the one-layer decoder p(x | z_1), or any :class:`~pyro_hvae.chains.TopDown`.
@@ -88,8 +87,7 @@ def traversal(
         shape: height and width in pixels.
         site: whose units are moved.
         units: which of them.
-        width: ends of the range, in standard deviations of a standard normal prior.
-        steps: images a row.
+        at: the values that it takes, in standard deviations of a standard normal prior.
 
     Raises:
         ValueError: for an unknown site or unit.
@@ -97,7 +95,7 @@ def traversal(
     Example:
         >>> from pyro_hvae.models import vae
         >>> model, guide = vae(6, 2, hidden=(4,))
-        >>> figure = traversal(model, {"z1": torch.zeros(1, 2)}, (2, 3), site="z1", units=[0, 1], steps=3)
+        >>> figure = traversal(model, {"z1": torch.zeros(1, 2)}, (2, 3), site="z1", units=[0, 1], at=(-1, 0, 1))
         >>> len(figure.axes)
         6
     """
@@ -108,13 +106,13 @@ def traversal(
     size = latents[site].shape[-1]
     if any(not 0 <= unit < size for unit in units):
         raise ValueError(f"units of {site!r} are 0 to {size - 1}, got {list(units)}")
-    values = torch.linspace(-width, width, steps).to(latents[site])
+    values = torch.as_tensor(at).to(latents[site])
     rows = []
     for unit in units:
-        moved = {name: value.expand(steps, *value.shape[1:]).clone() for name, value in latents.items()}
+        moved = {name: value.expand(len(values), *value.shape[1:]).clone() for name, value in latents.items()}
         moved[site][:, unit] = values
         with torch.no_grad():
-            rows.append(decode(model, moved, size=steps).mean)
+            rows.append(decode(model, moved, size=len(values)).mean)
     return samples(rows, shape, titles=[f"{site}[{unit}]" for unit in units])
 
 

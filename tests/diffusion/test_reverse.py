@@ -42,13 +42,9 @@ class Correlated(nn.Module):
 
 
 def gaussian(num_layers, variance=None):
-    return vdm(
-        Isotropic(),
-        event_shape=3,
-        num_layers=num_layers,
-        schedule=LinearSchedule(-6.0, 6.0),
-        reverse_variance=variance,
-    )
+    model, guide = vdm(Isotropic(), event_shape=3, num_layers=num_layers, schedule=LinearSchedule(-6.0, 6.0))
+    model.reverse_variance = variance
+    return model, guide
 
 
 def exact_variance(points=400):

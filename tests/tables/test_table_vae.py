@@ -38,7 +38,7 @@ def test_ten_lines_from_a_frame_to_an_imputed_frame_with_intervals():
     frame = mixed()
 
     torch.manual_seed(0)
-    model, guide = ph.table_vae(frame, 2, families={"income": "log_normal"}, hidden=(32,))
+    model, guide = ph.table_vae(table(frame, {"income": "log_normal"}), 2, hidden=(32,))
     ph.fit(model, guide, frame, bound=ph.IWELBO(num_particles=5), steps=300, progress=False)
     imputed = ph.impute(model, guide, frame, num_draws=50, num_particles=50)
     completed, intervals = imputed.frame, imputed.intervals(0.9)
@@ -60,7 +60,7 @@ def test_ten_lines_from_a_frame_to_an_imputed_frame_with_intervals():
 def pair():
     torch.manual_seed(0)
     frame = mixed(12)
-    return frame, *table_vae(frame, 2, hidden=(8,), families={"income": "gamma", "visits": "zero_inflated_poisson"})
+    return frame, *table_vae(table(frame, {"income": "gamma", "visits": "zero_inflated_poisson"}), 2, hidden=(8,))
 
 
 class TestVerbs:
@@ -168,8 +168,6 @@ class TestVerbs:
             table_vae(frame, 2, activation="swish")
         with pytest.raises(ValueError, match="latent_dim"):
             table_vae(frame, 0)
-        with pytest.raises(ValueError, match="pass the frame"):
-            table_vae(model.schema, 2, families={"age": "gaussian"})
         with pytest.raises(TypeError, match="DataFrame or a description"):
             table_vae(np.zeros((3, 2)), 2)
 
@@ -250,6 +248,6 @@ def test_counts_start_at_the_moments_of_the_data():
         for rate in (0.3, 5.0, 400.0):
             frame = pd.DataFrame({"n": generator.poisson(rate * generator.gamma(3.0, 1 / 3, 300))})
             torch.manual_seed(0)
-            model, _ = table_vae(frame, 2, families={"n": family})
+            model, _ = table_vae(table(frame, {"n": family}), 2)
             mean = model.kernels["x"](torch.zeros(1, 2)).mean.detach()
             assert abs(float(mean) / frame.n.mean() - 1) < 0.25
