@@ -225,7 +225,7 @@ def _weights(tree: Any, numbers: Numbers, problem: Problem | None) -> list[Findi
     if "posterior" in tree.children:
         moments = compare_moments(tree)
         numbers["draws"] = {name: vars(one) for name, one in moments.items()}
-        findings += word.draws_findings(moments)
+        findings += word.draws_findings(moments, len(log_weight))
     elif problem is not None:
         what = "the draws as they are were not compared with the weighted draws"
         findings.append(Finding("note", what, "there are too many to keep", "fewer data or draws in the call"))

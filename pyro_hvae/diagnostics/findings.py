@@ -164,17 +164,27 @@ def ess_findings(ess: np.ndarray, num_draws: int) -> list[Finding]:
     ]
 
 
-def draws_findings(moments: Mapping[str, Moments]) -> list[Finding]:
-    """Report whether the draws may be used without weights."""
+def draws_findings(moments: Mapping[str, Moments], num_draws: int) -> list[Finding]:
+    """Report whether the draws may be used without weights; ``num_draws`` were compared."""
     if not moments:
         return []
-    off = {name: one for name, one in moments.items() if one.off > 0.05 * one.entries}
+    off = {name: one for name, one in moments.items() if one.differs}
+    unclear = [one.words(name) for name, one in moments.items() if one.unclear]
+    accuracy = f"means within {SHIFT:g} sd and sds within a factor of {RATIO:g} of the weighted draws"
+    if unclear and not off:
+        return [
+            Finding(
+                "note",
+                f"the draws as they are: {'; '.join(unclear[:4])}",
+                f"{num_draws} draws do not tell whether {accuracy}",
+                "more draws (num_draws), or use the weighted draws (resample)",
+            )
+        ]
     if not off:
         return [
             Finding(
                 "good",
-                f"the draws as they are: means within {SHIFT:g} sd and sds within a factor of {RATIO:g} of the "
-                "weighted draws",
+                f"the draws as they are: {accuracy}",
                 "the guide's own means and uncertainties are the posterior's, as far as weights tell",
             )
         ]

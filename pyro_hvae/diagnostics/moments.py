@@ -1,9 +1,19 @@
 r"""Compare means and standard deviations of draws with those of the weighted draws.
 
 The weights of a guide that is too wide are bounded, and k-hat is small; its draws without weights are as wrong as the
-guide.  Both are compared entry by entry; an entry
-counts as off where the difference exceeds a quarter (of the standard deviation, or of its logarithm's 1.25) by three
-standard errors.
+guide.  Both are compared entry by entry.  With weights W of mean 1, the differences of S draws
+
+.. math:: \delta = \frac{\mu_q - \mu_W}{\sigma_W}, \qquad \rho = \log\frac{\sigma_q}{\sigma_W}
+
+have the influence functions
+
+.. math:: \psi_\delta = \frac{(z-\mu_q) - W(z-\mu_W)}{\sigma_W}, \qquad
+          \psi_\rho = \tfrac12\Bigl[\frac{(z-\mu_q)^2}{\sigma_q^2} - 1
+          - W\Bigl(\frac{(z-\mu_W)^2}{\sigma_W^2} - 1\Bigr)\Bigr],
+
+and the standard error :math:`\sqrt{\mathrm E\psi^2/S}`: both means are of the same draws, so that the error of an exact
+guide is 0.  An entry is off where a difference exceeds its limit (a tenth of a standard deviation, a factor of 1.15) by
+three standard errors, and undecided where it lies within three standard errors of that.
 """
 
 from __future__ import annotations
@@ -18,11 +28,17 @@ from pyro_hvae.diagnostics.weights import smoothed_weights
 
 __all__ = ["Moments", "compare_moments"]
 
-SHIFT, RATIO = 0.25, 1.25
+SHIFT, RATIO = 0.1, 1.15
 """Accepted differences of means in standard deviations, and ratios of standard deviations."""
 
 SEVERE_SHIFT, SEVERE_RATIO = 1.0, 2.0
 _ERRORS = 3.0
+
+_FEWEST = 20
+"""Effective number of draws below which a standard deviation has no standard error, as where tails are heavy."""
+
+_SHARE = 0.05
+"""Share of a site's entries that may be off."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +49,9 @@ class Moments:
         ratio: standard deviation of the draws over that of the weighted draws: of the entry that is furthest from 1.
         shift: difference of the means in standard deviations of the weighted draws, the largest in absolute value.
         entries: number of entries compared: those with a reliable k-hat.
-        off, severe: numbers of entries that differ by more than a quarter, and by more than a factor of 2 or a standard
-            deviation.
+        off, severe: numbers of entries that differ by more than the accuracy, and by more than a factor of 2 or a
+            standard deviation.
+        undecided: number of entries that are not off, and may be with more draws.
     """
 
     ratio: float
@@ -42,6 +59,17 @@ class Moments:
     entries: int
     off: int
     severe: int
+    undecided: int
+
+    @property
+    def differs(self) -> bool:
+        """Whether more than a twentieth of the entries are off."""
+        return self.off > _SHARE * self.entries
+
+    @property
+    def unclear(self) -> bool:
+        """Whether more draws may change ``differs``."""
+        return not self.differs and self.off + self.undecided > _SHARE * self.entries
 
     def words(self, name: str) -> str:
         """Describe the larger of the two differences."""
@@ -75,38 +103,43 @@ def compare_moments(tree: Any) -> dict[str, Moments]:
 
 
 def _of_site(draws: Any, weights: Any, trusted: Any) -> Moments | None:
-    weight, ess = weights["weight"], weights["ess"]
+    over = ("chain", "draw")
     count = draws.sizes["chain"] * draws.sizes["draw"]
-    mean, sd, error = _moments(draws, 1.0 / count, count)
-    weighted_mean, weighted_sd, weighted_error = _moments(draws, weight, ess)
-    valid = (trusted & (weighted_sd > 0) & (sd > 0)).broadcast_like(sd).values.ravel()
+    weight = weights["weight"] * count
+    mean, weighted_mean = draws.mean(over), (weight * draws).mean(over)
+    squared, weighted_squared = (draws - mean) ** 2, (draws - weighted_mean) ** 2
+    variance, weighted_variance = squared.mean(over), (weight * weighted_squared).mean(over)
+
+    def flat(values: Any) -> np.ndarray:
+        return np.asarray(values.broadcast_like(variance).transpose(*variance.dims).values).ravel()
+
+    valid = flat(trusted & (weighted_variance > 0) & (variance > 0))
     if not valid.any():
         return None
     with np.errstate(all="ignore"):
-        log_ratio = np.log((sd / weighted_sd).values.ravel())[valid]
-        ratio_error = (np.hypot(error, weighted_error).broadcast_like(sd)).values.ravel()[valid]
-        shift = ((mean - weighted_mean) / weighted_sd).values.ravel()[valid]
-        shift_error = np.sqrt(np.exp(2 * log_ratio) / count + (1 / ess).broadcast_like(sd).values.ravel()[valid])
+        log_ratio = 0.5 * np.log(variance / weighted_variance)
+        of_ratio = 0.5 * (squared / variance - 1 - weight * (weighted_squared / weighted_variance - 1)).std(over)
+        effective = np.minimum(
+            count * variance**2 / (squared**2).mean(over),
+            count * weighted_variance**2 / ((weight * weighted_squared) ** 2).mean(over),
+        )
+        del squared, weighted_squared  # each as large as the draws
+        shift = (mean - weighted_mean) / np.sqrt(weighted_variance)
+        of_shift = (draws - mean - weight * (draws - weighted_mean)).std(over) / np.sqrt(weighted_variance)
+
+    ratios, shifts = flat(log_ratio)[valid], flat(shift)[valid]
+    known = flat(effective)[valid] >= _FEWEST
+    ratio_error, shift_error = (_ERRORS / math.sqrt(count) * flat(one)[valid] for one in (of_ratio, of_shift))
     off, severe = (
-        (abs(log_ratio) > math.log(ratio) + _ERRORS * ratio_error) | (abs(shift) > most + _ERRORS * shift_error)
+        (known & (abs(ratios) > math.log(ratio) + ratio_error)) | (abs(shifts) > most + shift_error)
         for ratio, most in ((RATIO, SHIFT), (SEVERE_RATIO, SEVERE_SHIFT))
     )
+    possible = (abs(ratios) + ratio_error > math.log(RATIO)) | (abs(shifts) + shift_error > SHIFT)
     return Moments(
-        ratio=float(np.exp(log_ratio[abs(log_ratio).argmax()])),
-        shift=float(shift[abs(shift).argmax()]),
+        ratio=float(np.exp(ratios[abs(ratios).argmax()])),
+        shift=float(shifts[abs(shifts).argmax()]),
         entries=int(valid.sum()),
         off=int(off.sum()),
         severe=int(severe.sum()),
+        undecided=int((possible & ~off).sum()),
     )
-
-
-def _moments(draws: Any, weight: Any, count: Any) -> tuple[Any, Any, Any]:
-    """Return mean, standard deviation, and the standard error of the logarithm of the latter."""
-    over = ("chain", "draw")
-    mean = (weight * draws).sum(over)
-    squared = (draws - mean) ** 2
-    variance = (weight * squared).sum(over)
-    spread = (weight * (squared - variance) ** 2).sum(over)
-    with np.errstate(all="ignore"):
-        error = 0.5 * np.sqrt(spread / count) / variance
-    return mean, np.sqrt(variance), error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_hvae.problem.isolation import fingerprint, isolated
 from pyro_hvae.problem.plates import LayoutError
-from pyro_hvae.problem.structure import sample_sites
+from pyro_hvae.problem.structure import leaf_distribution, sample_sites
 
 if TYPE_CHECKING:
     from pyro_hvae.problem.problem import Problem
@@ -117,8 +117,8 @@ def _one_of(problem: Problem, drawn: Trace, count: int, particle: int) -> Trace:
         name, value = site["name"], site["value"]
         if site["is_observed"]:
             continue
-        if name in problem.structure.enumerated_in_guide:
-            alone.remove_node(name)
+        if name in problem.structure.enumerated_in_guide or type(leaf_distribution(site["fn"])).__name__ == "Delta":
+            alone.remove_node(name)  # a point is computed anew: at another's round-off its density is -inf
             continue
         dim = value.dim() - site["fn"].event_dim - problem.structure.max_plate_nesting - 1
         if dim >= 0 and value.shape[dim] == count:

@@ -1,5 +1,6 @@
 """One set of draws, judged as it is and once weighted; from programs, a bound problem, a tree or a file."""
 
+import math
 import random
 
 import numpy as np
@@ -61,14 +62,15 @@ def whats(report, level=None):
 # --- the draws as they are
 
 
-@pytest.mark.parametrize("factor", [0.85, 1.0, 1.15, 1.6, 4.0])
+@pytest.mark.parametrize("factor", [0.8, 0.92, 1.0, 1.08, 1.25, 1.6, 4.0])
 def test_ratio_of_the_sds_is_the_guides(factor):
     x = torch.randn(1)
     tree = to_datatree(shared, shared_guide(factor), x, num_draws=20_000)
     found = compare_moments(tree)["z"]
     assert abs(found.ratio / factor - 1) < 0.05
     assert abs(found.shift) < 0.1
-    assert (found.off, found.severe) == (int(factor >= 1.6), int(factor >= 4.0))
+    assert (found.off, found.severe) == (int(not 1 / 1.15 < factor < 1.15), int(factor >= 4.0))
+    assert found.undecided == 0
 
 
 def test_shift_of_the_means_is_the_guides():
@@ -90,7 +92,7 @@ def test_a_guide_four_times_too_wide_has_good_weights_and_wrong_draws(model, mak
     assert any(what.startswith("the draws as they are: means within") for what in whats(exact, "good"))
 
 
-@pytest.mark.parametrize(("freedom", "scale"), [(1.0, 1.3), (3.0, 1.2)])
+@pytest.mark.parametrize(("freedom", "scale"), [(1.0, 1.3), (3.0, 1.13)])
 def test_scatter_of_heavy_tails_is_no_difference(freedom, scale):
     """Sds of 300 draws scatter beyond the limit where tails are heavy, or where there is no sd; their errors say so."""
 
@@ -105,7 +107,47 @@ def test_scatter_of_heavy_tails_is_no_difference(freedom, scale):
     assert found.entries > 350
     assert found.off == 0
     if freedom == 3.0:
-        assert found.ratio > 1.25
+        assert found.ratio > 1.15
+
+
+def exact_pair(shift=0.0, factor=1.0, size=3):
+    """Draws of a Gaussian whose guide is off by known amounts in each entry."""
+
+    def program(mean, scale):
+        return lambda: pyro.sample("z", dist.Normal(torch.full((size,), mean), scale).to_event(1))
+
+    return program(0.0, 1.0), program(shift, factor)
+
+
+@pytest.mark.parametrize(
+    ("shift", "factor", "level"),
+    [(0.04, 1.0, "good"), (0.2, 1.0, "doubtful"), (0.0, 1.06, "good"), (0.0, 1.25, "doubtful"), (1.5, 2.0, "wrong")],
+)
+def test_verdict_on_draws_on_both_sides_of_the_accuracy(shift, factor, level):
+    (found,) = [f for f in diagnose(*exact_pair(shift, factor), num_draws=4000).findings if "draws as they" in f.what]
+    assert found.level == level, found
+
+
+def test_too_few_draws_to_tell_are_said():
+    """The guide is off by just the accuracy, which no number of draws decides."""
+    (found,) = [f for f in diagnose(*exact_pair(0.1), num_draws=400).findings if "draws as they" in f.what]
+    assert found.level == "note"
+    assert "400 draws do not tell" in found.meaning
+
+
+def test_points_that_a_guide_computes_may_differ_by_round_off():
+    """As sums over particles may, on some processors: a point's density is -inf at the value of another run."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        e = pyro.sample("e", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        z = x / 2 + e * 0.5**0.5 * (1 + 1e-15 * e.numel())
+        pyro.sample("z", dist.Delta(z, log_density=torch.full_like(z, math.log(2) / 2)))
+
+    assert diagnose(model, guide, torch.tensor(0.3)).findings
 
 
 def test_words_for_the_whole_posterior():

@@ -110,7 +110,7 @@ def test_a_users_regression():
 
     factorised = ph.diagnose(model, trained(AutoNormal(model)), covariates, y)
     pyro.clear_param_store()
-    full = ph.diagnose(model, trained(AutoMultivariateNormal(model, init_scale=0.3)), covariates, y)
+    full = ph.diagnose(model, trained(AutoMultivariateNormal(model, init_scale=0.3), steps=4000), covariates, y)
     khat = [float(report.numbers["khat"]["joint"]) for report in (factorised, full)]
     assert khat[1] < khat[0]
     assert full.worst in ("good", "note"), str(full)
