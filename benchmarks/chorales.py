@@ -52,7 +52,7 @@ def read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 class Chorales:
-    """Minibatches of chorales in a new order each epoch, each cut to its longest."""
+    """Minibatches of chorales of about one length, new ones each epoch and in a new order, each cut to its longest."""
 
     def __init__(self, x: Tensor, lengths: Tensor, batch: int) -> None:
         self.x, self.lengths, self.batch = x, lengths, batch
@@ -62,7 +62,9 @@ class Chorales:
         return -(-len(self.x) // self.batch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for rows in torch.randperm(len(self.x)).split(self.batch):
+        order = (self.lengths + 8 * torch.randn(len(self.x))).argsort().split(self.batch)
+        for index in torch.randperm(len(order)).tolist():
+            rows = order[index]
             lengths = self.lengths[rows]
             yield {"x": self.x[rows, : int(lengths.max())], "lengths": lengths}
 
@@ -97,12 +99,13 @@ class Watch:
     def on_epoch(self, run: Any) -> None:
         self.seconds += time.process_time() - self.clock
         if run.epoch % self.options.every == 0:
-            value = per_step(self.bound, run.model, run.guide, self.valid)
-            print(f"epoch {run.epoch:5d}  {self.seconds / 60:6.1f} min  valid {value:.3f}", flush=True)
-            if value < self.best:
-                self.best, self.best_epoch = value, run.epoch
-                programs = {"model": run.model, "guide": run.guide}
-                self.state = {name: copy.deepcopy(program.state_dict()) for name, program in programs.items()}
+            with run.averages.applied():
+                value = per_step(self.bound, run.model, run.guide, self.valid)
+                print(f"epoch {run.epoch:5d}  {self.seconds / 60:6.1f} min  valid {value:.3f}", flush=True)
+                if value < self.best:
+                    self.best, self.best_epoch = value, run.epoch
+                    programs = {"model": run.model, "guide": run.guide}
+                    self.state = {name: copy.deepcopy(program.state_dict()) for name, program in programs.items()}
         if self.seconds > 60 * self.options.minutes:
             run.stop("minutes")
         self.clock = time.process_time()
@@ -132,8 +135,11 @@ def main() -> None:
     parser.add_argument("--bound", default="elbo", choices=["elbo", "iwelbo", "smc"])
     parser.add_argument("--k", type=int, default=1, help="particles in training")
     parser.add_argument("--minutes", type=float, default=30.0, help="processor time of training")
-    parser.add_argument("--warm-up", type=int, default=100, help="epochs of warm-up of the ELBO")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--warm-up", type=int, default=200, help="epochs of warm-up of the ELBO")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of the first step; it halves in --half epochs")
+    parser.add_argument("--half", type=float, default=800.0)
+    parser.add_argument("--decay", type=float, default=0.01, help="weight of |parameters|^2 / 2, nats a chorale")
+    parser.add_argument("--ema", type=float, default=0.995, help="of the averages that are validated and tested")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--every", type=int, default=10, help="epochs between validations")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,8 +158,14 @@ def main() -> None:
         guide,
         batches,
         bound=objective(options, len(batches)),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=options.rate, betas=(0.96, 0.999), fused=True),
-        clip_norm=10.0,
+        optimizer=lambda parameters: torch.optim.Adam(
+            parameters, lr=options.rate, betas=(0.96, 0.999), weight_decay=options.decay, fused=True
+        ),
+        schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.5 ** (step / (options.half * len(batches)))
+        ),
+        ema=options.ema,
+        clip_norm=50.0,
         epochs=1_000_000,
         seed=options.seed,
         run_dir=options.out / f"{options.model}-{options.bound}{options.k}-s{options.seed}",

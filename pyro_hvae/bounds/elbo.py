@@ -147,7 +147,7 @@ class LayerwiseELBO(Bound):
             return Treatment("Monte Carlo", "the guide's draw is a transformed auxiliary one", "pathwise")
         return Treatment(
             "analytic",
-            f"KL({site.guide_distribution} || {site.model_distribution}), if registered",
+            f"KL({site.guide_distribution} || {site.model_distribution})",
             "pathwise",
         )
 

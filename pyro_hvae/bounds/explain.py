@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from pyro.poutine import Trace
 from torch import nn
 
 from pyro_hvae.bounds.base import Bound
+from pyro_hvae.bounds.divergences import divergence
 from pyro_hvae.problem import Structure, problem_of
 from pyro_hvae.problem.dependencies import Dependencies
 from pyro_hvae.problem.parameters import param_sites
@@ -114,6 +117,7 @@ def explain(bound: Bound, model: Any, guide: Any = None, *args: Any, **kwargs: A
     model_trace, guide_trace = problem.look()
     structure = problem.structure
     rows = tuple(_row(bound, name, structure, problem.dependencies) for name in structure.sites)
+    rows = tuple(_with_formula(row, model_trace, guide_trace) for row in rows)
     sites = param_sites(guide_trace, model_trace)
     stored = {id(parameter) for parameter in sites.values()}
     owned: dict[str, Any] = {}
@@ -130,6 +134,16 @@ def explain(bound: Bound, model: Any, guide: Any = None, *args: Any, **kwargs: A
         untrained_by_svi=tuple(name for name, parameter in owned.items() if id(parameter) not in stored),
         refusals=tuple(bound.refusals(structure)),
     )
+
+
+def _with_formula(row: SiteRow, model_trace: Trace, guide_trace: Trace) -> SiteRow:
+    """Return the row; Monte Carlo where its divergence has no closed form."""
+    if row.treatment != "analytic":
+        return row
+    p, q = model_trace.nodes[row.site]["fn"], guide_trace.nodes[row.site]["fn"]
+    with torch.no_grad():
+        known = divergence(q, p) is not None
+    return row if known else replace(row, treatment="Monte Carlo", why=f"no closed form of {row.why} is known")
 
 
 def _row(bound: Bound, name: str, structure: Structure, dependencies: Dependencies) -> SiteRow:

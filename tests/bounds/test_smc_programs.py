@@ -12,6 +12,7 @@ from torch import nn
 
 import pyro_hvae as ph
 from pyro_hvae.chains import unroll
+from tests.programs import PAIRS, build
 from tests.state_space import Linear
 
 Y = torch.tensor([0.5, -0.3, 1.2, 0.4], dtype=torch.float64)
@@ -163,3 +164,33 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="state 'c' is"):
         ph.SMCBound(3).per_datum(*unroll(model, guide), Y, torch.ones(2))
     assert math.isfinite(exact(torch.ones(2)))
+
+
+# --- every pair of the registry: right, or refused with what is missing
+
+
+@pytest.mark.parametrize(
+    ("resample", "count"),
+    [("systematic", 30), *(pytest.param(how, 300, marks=pytest.mark.slow) for how in ("systematic", "multinomial"))],
+)
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_pair_is_filtered_or_refused(name, resample, count):
+    """The mean of the estimates is p(x), where it is known, whether particles are resampled or not."""
+    pair = build(name)
+    if not all(hasattr(program, "stepwise") for program in (pair.model, pair.guide)):
+        with pytest.raises(TypeError, match=r"has no method stepwise.*IWELBO"):
+            ph.SMCBound(4).per_datum(pair.model, pair.guide, *pair.args, **pair.kwargs)
+        return
+    bound = ph.SMCBound(8, resample=resample, ess_threshold=1.0)
+    plain = ph.SMCBound(8, resample="none")
+    log_z = [
+        torch.stack([one.per_datum(pair.model, pair.guide, *pair.args, **pair.kwargs) for _ in range(count)])
+        for one in (bound, plain)
+    ]
+    if pair.log_evidence is not None:
+        log_z.append(pair.log_evidence.expand(count, *log_z[0].shape[1:]))
+    centre = log_z[-1].logsumexp(0) - math.log(count)
+    first, *others = [(value - centre).exp() for value in log_z]
+    for other in others:
+        error = ((first.var(0) + other.var(0)) / count).sqrt()
+        assert ((first.mean(0) - other.mean(0)).abs() <= 4.5 * error + 1e-9).all()

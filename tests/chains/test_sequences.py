@@ -356,3 +356,10 @@ def test_programs_that_do_not_fit():
         wide(torch.zeros(2, 4, D), mask=torch.ones(2, 4, D, dtype=torch.bool))
     assert wide(torch.zeros(2, 4, D), mask=torch.ones(2, 4, dtype=torch.bool)).shape == (2, 4, D)
     assert isinstance(deep_markov(4, 2)[0].kernels["emission"], Bernoulli)
+
+
+def test_explain_says_that_a_sequence_has_no_closed_divergence():
+    model, guide = deep_markov(2, 3, hidden=4, gate=4, features=4)
+    (row, _) = ph.explain(ph.LayerwiseELBO(), model, guide, torch.zeros(2, 5, 2)).rows
+    assert row.treatment == "Monte Carlo"
+    assert "no closed form" in row.why
