@@ -8,9 +8,10 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_hvae.chains.bound_sequences import reference
 from pyro_hvae.chains.history import History
 from pyro_hvae.chains.sequence_guides import SequenceGuide
-from pyro_hvae.chains.sequences import StateSpace, _reference
+from pyro_hvae.chains.sequences import StateSpace
 from pyro_hvae.kernels.base import join
 from pyro_hvae.modules import evaluation_mode
 
@@ -55,7 +56,7 @@ def simulate(
                 raise ValueError(
                     "the first step reads a previous observation of zeros: pass width=, its number of entries."
                 )
-            previous = _reference(model).new_zeros(size, width)
+            previous = reference(model).new_zeros(size, width)
         return _continue(model, data.context, steps, (None, previous, None), size)
 
 
@@ -134,7 +135,7 @@ def _continue(
 ) -> tuple[Tensor, Tensor]:
     """Draw z and x, (..., N, steps, *event), on from z, x_{t-1} and the history's state; z is None at the start."""
     z, previous, state = start
-    history = History(model.memory, _reference(model).new_zeros(size, 1, 0)) if model.reads_history else None
+    history = History(model.memory, reference(model).new_zeros(size, 1, 0)) if model.reads_history else None
     if history is not None and state is None:
         state = history.start()
     drawn: list[tuple[Tensor, Tensor]] = []
@@ -151,7 +152,7 @@ def _continue(
         x = emission.sample()
         drawn.append((z, x))
         if history is not None:
-            previous = x.reshape(*emission.batch_shape, -1).to(_reference(model).dtype)
+            previous = x.reshape(*emission.batch_shape, -1).to(reference(model).dtype)
             state = history.after(previous, z, state)
     lead = len(emission.batch_shape)
     return torch.stack([z for z, _ in drawn], lead), torch.stack([x for _, x in drawn], lead)

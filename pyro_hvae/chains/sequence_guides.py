@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_hvae.chains.base import Chain, Node
+from pyro_hvae.chains.bound_sequences import BoundSequences, reference
 from pyro_hvae.chains.history import check_rnn, flatten, run_rnn
-from pyro_hvae.chains.sequences import BoundSequences, StateSpace, _reference
+from pyro_hvae.chains.sequences import StateSpace
 from pyro_hvae.chains.weights import register
 from pyro_hvae.kernels.base import join
 
@@ -190,7 +191,7 @@ class BoundGuide(BoundSequences):
         if not isinstance(x, Tensor):
             raise TypeError(f"{guide.name!r} takes data as a torch.Tensor, got {type(x).__name__}.")
         super().__init__(guide, x, context, lengths, mask)
-        seen = flatten(self.seen(), _reference(guide).dtype)
+        seen = flatten(self.seen(), reference(guide).dtype)
         context = self.context
         features = guide.features(seen if context is None else join(seen, context), self.valid)
         self.context = features if context is None else join(context, features)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro.infer import config_enumerate
@@ -112,15 +113,17 @@ def log_evidence(
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``; or a bound
             :class:`~pyro_hvae.problem.Problem` instead of all of these.  The guide may be None for ``"prior"``,
-            ``"annealed"`` (from the prior), ``"enumerate"``, and for a model whose latents are all summed out.
+            ``"annealed"`` (from the prior), ``"enumerate"``, ``"exact"``, and for a model whose latents are all summed
+            out.
         num_samples: K draws a datum.
         method: ``"importance"`` weighs draws of the guide; ``"prior"`` draws of the prior; ``"bayes"`` divides the
             joint by the posterior density at a point; ``"annealed"`` runs annealed importance sampling from the guide
             with ``num_samples`` chains (see :func:`pyro_hvae.evidence.anneal` for more control); ``"smc"`` resamples
             the guide's draws along a chain (:class:`pyro_hvae.SMCBound`): 50 filters of ``num_samples / 50`` particles,
             whose estimates are averaged; error, ess and k-hat are those of the 50; ``"enumerate"`` sums exactly over
-            latents that are all discrete.  Where the model marks all latents
-            ``infer={"enumerate": "parallel"}``, every method is that sum.
+            latents that are all discrete; ``"exact"`` asks the model, which has ``log_marginal`` (a
+            :class:`~pyro_hvae.StateSpace` with linear-Gaussian kernels or discrete states).  Where the model marks
+            all latents ``infer={"enumerate": "parallel"}``, every method is that sum.
         chunk_size: draws (or chains) that run at once; memory grows with it, and with K numbers per datum.  By
             default draws times indices of the largest site's plates stay below 20,000.
         progress: show a bar.
@@ -146,11 +149,11 @@ def log_evidence(
     check_count("num_samples", num_samples)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    least = 1 if method == "enumerate" else 10
+    least = 1 if method in ("enumerate", "exact") else 10
     if num_samples < least or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"need num_samples >= {least} and chunk_size >= 1, got {num_samples} and {chunk_size}")
-    if method == "enumerate":
-        return _enumerate(problem)
+    if method in ("enumerate", "exact"):
+        return _enumerate(problem) if method == "enumerate" else _by_model(problem)
     source = problem if problem.guided and method != "prior" else problem.prior()
     if source.structure.enumerated and not source.structure.drawn:
         return _exact(source)
@@ -240,15 +243,37 @@ def _enumerate(problem: Problem) -> Evidence:
         raise ValueError(f'method="enumerate" sums over latents that are all discrete and finite: {error}') from error
 
 
+@runtime_checkable
+class HasLogMarginal(Protocol):
+    """A model that knows its evidence: ``log_marginal``, called as the model is, gives log p(x) of each datum."""
+
+    def log_marginal(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
+def _by_model(problem: Problem) -> Evidence:
+    model = problem.model
+    if not isinstance(model, HasLogMarginal):
+        raise ValueError(
+            f"method='exact' asks the model for its log_marginal, which {type(model).__name__} does not have: use "
+            "'enumerate' for discrete latents, or an estimate ('importance', 'smc', 'annealed')"
+        )
+    with torch.no_grad():
+        return _known(model.log_marginal(*problem.args, **problem.kwargs), "exact")
+
+
+def _known(value: Tensor, method: str) -> Evidence:
+    return Evidence(
+        value, torch.zeros_like(value), torch.ones_like(value), torch.full_like(value, -torch.inf), 1, method
+    )
+
+
 def _exact(problem: Problem) -> Evidence:
     """Return the evidence of a problem without draws."""
     problem.structure.require_whole("the evidence")
     with torch.no_grad():
         weights = problem.run().log_weights
     check_weights(weights)
-    value = weights[0]
-    exact = torch.zeros_like(value)
-    return Evidence(value, exact, torch.ones_like(value), torch.full_like(value, -torch.inf), 1, "enumerate")
+    return _known(weights[0], "enumerate")
 
 
 _FILTERS = 50  # enough for a k-hat of their estimates
@@ -276,5 +301,6 @@ _METHODS: dict[str, Callable[[Problem, Sampling], Evidence]] = {
     "bayes": _bayes,
     "annealed": _annealed,
     "enumerate": lambda problem, _: _enumerate(problem),
+    "exact": lambda problem, _: _by_model(problem),
     "smc": _smc,
 }
