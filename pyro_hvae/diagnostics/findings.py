@@ -95,7 +95,8 @@ def khat_findings(hats: KHats) -> list[Finding]:
         findings.append(_of_each_datum(hats))
     if hats.per_datum is None or hats.conditioned_on:
         findings.append(_of_all(hats))
-    return findings + _layers_by_khat(hats)
+    trusted = all(finding.level == "good" for finding in findings)
+    return findings + _layers_by_khat(hats, "note" if trusted else "doubtful")
 
 
 def _of_each_datum(hats: KHats) -> Finding:
@@ -131,7 +132,8 @@ def _of_all(hats: KHats) -> Finding:
     )
 
 
-def _layers_by_khat(hats: KHats) -> list[Finding]:
+def _layers_by_khat(hats: KHats, level: str) -> list[Finding]:
+    """Report layers whose weights, all others at one draw, are bad: the place of the fault where the whole is bad."""
     bad = [name for name, value in hats.per_layer.items() if float((value > hats.good).double().mean()) > 0.1]
     if not bad or len(hats.per_layer) < 2:
         return []
@@ -139,7 +141,7 @@ def _layers_by_khat(hats: KHats) -> list[Finding]:
     share = " for more than a tenth of the data" if local else ""
     return [
         Finding(
-            "doubtful",
+            level,
             f"k-hat of layers: {', '.join(bad)} above {hats.good:.2f}{share}",
             f"what is wrong in a layer shows in it and in those drawn before it: look at {bad[-1]} first",
             f"a richer kernel for {bad[-1]}",
