@@ -153,6 +153,7 @@ def main() -> None:
     model, guide = deep_markov(KEYS, 100) if options.model == "dmm" else variational_rnn(KEYS, 32, hidden=32)
     batches = Chorales(*parts["train"], options.batch)
     watch = Watch(options, parts["valid"])
+    half = options.half * len(batches)  # in steps
     ph.fit(
         model,
         guide,
@@ -161,9 +162,7 @@ def main() -> None:
         optimizer=lambda parameters: torch.optim.Adam(
             parameters, lr=options.rate, betas=(0.96, 0.999), weight_decay=options.decay, fused=True
         ),
-        schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.5 ** (step / (options.half * len(batches)))
-        ),
+        schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step / half)),
         ema=options.ema,
         clip_norm=50.0,
         epochs=1_000_000,

@@ -106,9 +106,9 @@ def _of_site(draws: Any, weights: Any, trusted: Any) -> Moments | None:
     over = ("chain", "draw")
     count = draws.sizes["chain"] * draws.sizes["draw"]
     weight = weights["weight"] * count
-    mean, weighted_mean = draws.mean(over), (weight * draws).mean(over)
+    mean, weighted_mean = draws.mean(over, skipna=False), (weight * draws).mean(over, skipna=False)
     squared, weighted_squared = (draws - mean) ** 2, (draws - weighted_mean) ** 2
-    variance, weighted_variance = squared.mean(over), (weight * weighted_squared).mean(over)
+    variance, weighted_variance = squared.mean(over, skipna=False), (weight * weighted_squared).mean(over, skipna=False)
 
     def flat(values: Any) -> np.ndarray:
         return np.asarray(values.broadcast_like(variance).transpose(*variance.dims).values).ravel()
@@ -118,14 +118,15 @@ def _of_site(draws: Any, weights: Any, trusted: Any) -> Moments | None:
         return None
     with np.errstate(all="ignore"):
         log_ratio = 0.5 * np.log(variance / weighted_variance)
-        of_ratio = 0.5 * (squared / variance - 1 - weight * (weighted_squared / weighted_variance - 1)).std(over)
+        of_variances = squared / variance - weight * (weighted_squared / weighted_variance - 1)
+        of_ratio = 0.5 * of_variances.std(over, skipna=False)
         effective = np.minimum(
-            count * variance**2 / (squared**2).mean(over),
-            count * weighted_variance**2 / ((weight * weighted_squared) ** 2).mean(over),
+            count * variance**2 / (squared**2).mean(over, skipna=False),
+            count * weighted_variance**2 / ((weight * weighted_squared) ** 2).mean(over, skipna=False),
         )
-        del squared, weighted_squared  # each as large as the draws
+        del squared, weighted_squared, of_variances  # each as large as the draws
         shift = (mean - weighted_mean) / np.sqrt(weighted_variance)
-        of_shift = (draws - mean - weight * (draws - weighted_mean)).std(over) / np.sqrt(weighted_variance)
+        of_shift = (draws - weight * (draws - weighted_mean)).std(over, skipna=False) / np.sqrt(weighted_variance)
 
     ratios, shifts = flat(log_ratio)[valid], flat(shift)[valid]
     known = flat(effective)[valid] >= _FEWEST
