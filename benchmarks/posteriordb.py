@@ -190,7 +190,7 @@ def main() -> None:
         for kind in options.guides:
             rows.append(row(name, kind, found, options.steps, options.fits))
             print(" | ".join(str(value) for value in rows[-1].values()), flush=True)
-            write(options.out, rows)
+            write(options.out, [{key: value for key, value in one.items() if key != "because"} for one in rows])
     agree = sum(one["agrees"] == "yes" for one in rows)
     print(show(rows))
     print(f"{sum(one['bound holds'] == 'yes' for one in rows)} of {len(rows)} bounds hold")
