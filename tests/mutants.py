@@ -27,6 +27,16 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("chains/exact.py", "total = total + 0.5 * math.log(2 * math.pi) * (~at).sum(-1)", "pass",
+     "tests/chains/test_exact.py"),
+    ("chains/exact.py", "covariance = rest @ covariance @ rest.mT + weights @ own @ weights.mT",
+     "covariance = rest @ covariance @ rest.mT", "tests/chains/test_exact.py"),
+    ("chains/exact.py", "(log_p.unsqueeze(1) + moves).logsumexp(0)", "(log_p.unsqueeze(0) + moves).logsumexp(0)",
+     "tests/chains/test_exact.py"),
+    ("diagnostics/moments.py", "abs(shifts) > most + shift_error", "abs(shifts) > 2.5 * most + shift_error",
+     "tests/diagnostics/test_diagnose.py"),
+    ("problem/particles.py", 'or type(leaf_distribution(site["fn"])).__name__ == "Delta"', "",
+     "tests/diagnostics/test_diagnose.py"),
     ("bounds/importance.py", "log_weights.logsumexp(0) - math.log(log_weights.shape[0])\n\n    def leave_one_out",
      "log_weights.logsumexp(0)\n\n    def leave_one_out", f"{B}/test_importance.py"),
     ("bounds/importance.py", "- math.log(log_weights.shape[0])) / power", "- math.log(log_weights.shape[0]))",
