@@ -166,17 +166,27 @@ class BoundSequences:
             return value
         return torch.where(self.valid[:, t], value, torch.zeros((), dtype=value.dtype, device=value.device))
 
+    def check_event(self, event: torch.Size, x: Tensor, dims: tuple[str, ...]) -> None:
+        """Refuse data whose dims after ``dims`` are not the emission's event.
+
+        Raises:
+            ValueError: with both shapes.
+        """
+        found = x.shape[len(dims) :]
+        if found != event:
+            raise ValueError(
+                f"the emission of {self.model.name!r} gives events of shape {tuple(event)}, but an observation has "
+                f"shape {tuple(found)} (data {tuple(x.shape)}, ({', '.join(dims)}, *event)). Reshape the data, or set "
+                "the width and event_dim of the kernel."
+            )
+
     def _masked(
         self, distribution: TorchDistribution, x: Tensor | None, observed: Tensor | None, dims: tuple[str, ...]
     ) -> tuple[TorchDistribution, Tensor | None]:
         """Make the time a dim of the event, and drop what is not observed."""
-        event, lead = distribution.event_shape, len(dims)
-        if x is not None and x.shape[lead:] != event:
-            raise ValueError(
-                f"the emission of {self.model.name!r} gives events of shape {tuple(event)}, but an observation has "
-                f"shape {tuple(x.shape[lead:])} (data {tuple(x.shape)}, ({', '.join(dims)}, *event)). Reshape the "
-                "data, or set the width and event_dim of the kernel."
-            )
+        lead = len(dims)
+        if x is not None:
+            self.check_event(distribution.event_shape, x, dims)
         if observed is None:
             return distribution.to_event(lead - 1), x
         base: Any = distribution

@@ -23,9 +23,11 @@ def log_marginal(data: BoundSequences) -> Tensor:
     """Return log p(x) of each sequence, nats (N,).
 
     Raises:
-        ValueError: for a model that has no exact filter.
+        ValueError: for a model that has no exact filter, no data, or data of another shape than the emission's.
     """
     model = data.model
+    if data.x is None:
+        raise ValueError(f"log p(x) of {model.name!r} needs data: pass x of shape (N, T, ...)")
     kernels = {"initial": model.initial, "transition": model.transition, "emission": model.emission}
     if data.history is not None and data.history.rnn is not None:
         raise ValueError(f"{model.name!r} has a recurrent history, which no exact filter can carry: use method='smc'")
@@ -45,6 +47,7 @@ def _kalman(data: BoundSequences) -> Tensor:
     assert x is not None
     width = model.initial.out_features
     noise, spread = model.transition.covariance, model.emission.covariance
+    data.check_event(torch.Size((len(spread),)), x, ("N", "T"))  # a width of 1 would be broadcast
     step, read = model.transition.weight[:, :width], model.emission.weight[:, :width]
     zero = x.new_zeros(data.size, width, dtype=step.dtype)
     mean = data.at(0, None, None).mean.expand(data.size, width)
@@ -53,7 +56,7 @@ def _kalman(data: BoundSequences) -> Tensor:
     observed = data.observed
     if observed is not None:
         observed = (observed if observed.dim() == 3 else observed.unsqueeze(-1)).expand(x.shape)
-    seen = data.seen()
+    seen = data.seen().to(step.dtype)
     for t in range(data.steps):
         if t:
             mean = mean @ step.mT + data.at(t, zero, None).mean
@@ -68,7 +71,7 @@ def _kalman(data: BoundSequences) -> Tensor:
             total = total + 0.5 * math.log(2 * math.pi) * (~at).sum(-1)
         joint = covariance @ gain.mT
         predicted = torch.distributions.MultivariateNormal(
-            torch.zeros_like(residual), covariance_matrix=gain @ joint + own
+            torch.zeros_like(residual), covariance_matrix=gain @ joint + own, validate_args=False
         )
         total = total + predicted.log_prob(residual)
         weights = torch.cholesky_solve(joint.mT, predicted.scale_tril).mT  # (N, d, D)

@@ -35,7 +35,8 @@ SEVERE_SHIFT, SEVERE_RATIO = 1.0, 2.0
 _ERRORS = 3.0
 
 _FEWEST = 20
-"""Effective number of draws below which a standard deviation has no standard error, as where tails are heavy."""
+"""Effective number of draws below which a mean or a standard deviation has no standard error: where one weight
+dominates, or tails are heavy."""
 
 _SHARE = 0.05
 """Share of a site's entries that may be off."""
@@ -129,13 +130,14 @@ def _of_site(draws: Any, weights: Any, trusted: Any) -> Moments | None:
         of_shift = (draws - weight * (draws - weighted_mean)).std(over, skipna=False) / np.sqrt(weighted_variance)
 
     ratios, shifts = flat(log_ratio)[valid], flat(shift)[valid]
-    known = flat(effective)[valid] >= _FEWEST
+    enough = flat(weights["ess"])[valid] >= _FEWEST
+    known = enough & (flat(effective)[valid] >= _FEWEST)
     ratio_error, shift_error = (_ERRORS / math.sqrt(count) * flat(one)[valid] for one in (of_ratio, of_shift))
     off, severe = (
-        (known & (abs(ratios) > math.log(ratio) + ratio_error)) | (abs(shifts) > most + shift_error)
+        (known & (abs(ratios) > math.log(ratio) + ratio_error)) | (enough & (abs(shifts) > most + shift_error))
         for ratio, most in ((RATIO, SHIFT), (SEVERE_RATIO, SEVERE_SHIFT))
     )
-    possible = (abs(ratios) + ratio_error > math.log(RATIO)) | (abs(shifts) + shift_error > SHIFT)
+    possible = ~enough | (abs(ratios) + ratio_error > math.log(RATIO)) | (abs(shifts) + shift_error > SHIFT)
     return Moments(
         ratio=float(np.exp(ratios[abs(ratios).argmax()])),
         shift=float(shifts[abs(shifts).argmax()]),

@@ -26,7 +26,9 @@ from pyro_hvae.bounds.smc import SMCBound
 from pyro_hvae.evidence.annealed import run_chains, tuned_moves
 from pyro_hvae.evidence.bases import base_problem, drawn_prior
 from pyro_hvae.evidence.path import Path
+from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem, of_pair
+from pyro_hvae.problem.isolation import isolated
 from pyro_hvae.problem.prior import no_latents
 from pyro_hvae.weights import (
     check_weights,
@@ -173,9 +175,10 @@ def draw_log_weights(problem: Problem, sampling: Sampling) -> Tensor:
     structure.require_whole("the evidence")
     problem.require_density("importance sampling")
     parts = []
-    with torch.no_grad(), tqdm(
-        total=sampling.num_samples, disable=not sampling.progress, desc="log p(x)", unit="draw"
-    ) as bar:
+    with (
+        torch.no_grad(),
+        tqdm(total=sampling.num_samples, disable=not sampling.progress, desc="log p(x)", unit="draw") as bar,
+    ):
         for run in problem.runs(sampling.counts(problem)):
             parts.append(run.log_weights)
             bar.update(run.num_particles)
@@ -257,8 +260,12 @@ def _by_model(problem: Problem) -> Evidence:
             f"method='exact' asks the model for its log_marginal, which {type(model).__name__} does not have: use "
             "'enumerate' for discrete latents, or an estimate ('importance', 'smc', 'annealed')"
         )
-    with torch.no_grad():
-        return _known(model.log_marginal(*problem.args, **problem.kwargs), "exact")
+    source = problem if problem.guided else problem.prior()
+    source.structure.require_whole("the evidence")  # looks at the data as any estimate does
+    with torch.no_grad(), isolated(model), evaluation_mode(model):
+        value = model.log_marginal(*problem.args, **problem.kwargs)
+    check_weights(value.unsqueeze(0))
+    return _known(value, "exact")
 
 
 def _known(value: Tensor, method: str) -> Evidence:

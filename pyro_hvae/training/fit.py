@@ -33,8 +33,9 @@ from pyro_hvae.training.distributed import Ranks, seed_rank
 from pyro_hvae.training.feed import Batch, Feed, as_batch, feed
 from pyro_hvae.training.files import as_directory
 from pyro_hvae.training.history import History
-from pyro_hvae.training.loop import Data, Records, Run, Steps
+from pyro_hvae.training.loop import Run
 from pyro_hvae.training.objective import PairObjective
+from pyro_hvae.training.plan import Data, Records, Steps
 from pyro_hvae.training.prepare import Move, held_out, move_programs
 from pyro_hvae.training.rebuild import factory_record
 from pyro_hvae.training.settings import describe, describe_feed, describe_optimizer, describe_schedule
@@ -281,9 +282,7 @@ def fit(
             objective,
             Data(batches, change, seed, accumulate, rest, validate_every),
             Steps(step, eager, own_optimizer, own_schedule, averages, check_every),
-            Records(
-                place.history(), directory, checkpoint_every, keep, log_every, terms_every, place.run
-            ),
+            Records(place.history(), directory, checkpoint_every, keep, log_every, terms_every, place.run),
             own_callbacks,
             ranks,
         )

@@ -134,3 +134,41 @@ def test_what_has_no_exact_filter_is_refused():
         ph.log_evidence(model, guide, x, method="exact")
     with pytest.raises(ValueError, match="log_marginal, which TopDown does not have"):
         ph.log_evidence(*ph.vae(4, 2), torch.zeros(2, 4), method="exact")
+
+
+def test_evaluation_mode_and_generator():
+    """Dropout of an emission is off, nothing is drawn, and the mode comes back."""
+    model = ph.StateSpace(
+        initial=Transition(3),
+        transition=Transition(3, 3),
+        emission=Bernoulli(nn.Sequential(nn.Embedding(3, WIDTH), nn.Dropout(0.5))),
+    )
+    model.train()
+    x = torch.randint(2, (N, T, WIDTH)).double()
+    state = torch.get_rng_state()
+    one, other = (ph.log_evidence(model, None, x, method="exact").value for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, model.eval().log_marginal(x), rtol=0, atol=1e-12)
+
+
+def test_data_of_another_width_are_refused():
+    model = linear()
+    for x, shown in ((torch.randn(N, T, 1), r"\(1,\)"), (torch.randn(N, T), r"\(\)")):
+        with pytest.raises(ValueError, match=rf"events of shape \(3,\), but an observation has shape {shown}"):
+            model.log_marginal(x)
+    with pytest.raises(ValueError, match="needs data"):
+        model.log_marginal(None, torch.randn(N, T, 1))
+
+
+def test_data_without_a_density_are_refused():
+    x = torch.randn(N, T, WIDTH)
+    x[1, 2, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"(?i)nan"):
+        ph.log_evidence(linear(), None, x, method="exact")
+    model = ph.StateSpace(
+        initial=Transition(3), transition=Transition(3, 3), emission=Bernoulli(nn.Embedding(3, WIDTH))
+    )
+    with pytest.raises(ValueError, match="7"):
+        ph.log_evidence(model, None, torch.full((N, T, WIDTH), 7.0), method="exact")

@@ -23,7 +23,7 @@ from pyro_hvae.diagnostics import (
     resample,
     to_datatree,
 )
-from pyro_hvae.diagnostics.moments import compare_moments
+from pyro_hvae.diagnostics.moments import _of_site, compare_moments
 from pyro_hvae.problem import Problem
 
 
@@ -108,6 +108,21 @@ def test_scatter_of_heavy_tails_is_no_difference(freedom, scale):
     assert found.off == 0
     if freedom == 3.0:
         assert found.ratio > 1.15
+
+
+def test_one_dominating_weight_tells_nothing():
+    """The paired error of a mean is nearly 0 where one draw has the weight of all."""
+    rest = 0.01 / 999
+    weights = xr.Dataset(
+        {
+            "weight": (("chain", "draw"), np.array([[0.99, *[rest] * 999]])),
+            "ess": ((), 1 / (0.99**2 + 999 * rest**2)),
+        }
+    )
+    draws = xr.DataArray(np.array([[3.0, *np.random.default_rng(0).normal(size=999)]]), dims=("chain", "draw"))
+    found = _of_site(draws, weights, xr.DataArray(True))
+    assert abs(found.shift) > 1
+    assert (found.off, found.severe, found.undecided) == (0, 0, 1)
 
 
 def exact_pair(shift=0.0, factor=1.0, size=3):
