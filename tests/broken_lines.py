@@ -15,6 +15,7 @@ ENUMERATED, THREADS = f"{P}/test_enumeration.py", f"{P}/test_threads.py"
 VALUE = f"{B}/test_programs.py::test_value"
 
 PROBLEM = [
+    ("problem/execute.py", "_InParallel()(self._in_groups(guide))", "_InParallel()(guide)", f"{K}/test_d_groups.py"),
     # structure
     ("problem/structure.py", "return self.full_size / self.size", "return 1.0", RUN),
     ("problem/structure.py", "site[\"is_observed\"],\n                    frames,", "site[\"is_observed\"],", CHANGED),

@@ -47,7 +47,9 @@ class Particles(Messenger):
         self.once = once
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] not in self.once and not site_is_subsample(msg):
+        if msg["name"] in self.once or self.frame in msg["cond_indep_stack"]:
+            return
+        if not site_is_subsample(msg):
             msg["cond_indep_stack"] = (self.frame,) + msg["cond_indep_stack"]
             BroadcastMessenger._pyro_sample(msg)
 
@@ -213,7 +215,7 @@ class Call:
         if structure is not None and (structure.enumerated or structure.enumerated_in_guide):
             first = -1 - self.layout.rank
             if structure.enumerated_in_guide:
-                guide = EnumMessenger(first)(_InParallel()(guide))
+                guide = EnumMessenger(first)(_InParallel()(self._in_groups(guide)))
                 model = EnumMessenger()(_InParallel()(model))
             else:
                 model = EnumMessenger(first)(_InParallel()(model))
@@ -236,6 +238,18 @@ class Call:
             model = poutine.replay(model, trace=draws)
         with self._modes():
             return poutine.trace(model).get_trace(*self.programs.args, **kwargs)
+
+    def _in_groups(self, guide: Program) -> Program:
+        """Return a guide whose sites with ``num_samples`` draw a group of values for each particle.
+
+        These get the particles' dim before Pyro draws the group; sites that are summed over exactly get it after that,
+        since their values are those of all particles.
+        """
+        assert self.structure is not None
+        rest = frozenset(name for name, info in self.structure.sites.items() if not info.drawn_in_groups)
+        if self.num_particles == 1 or len(rest) == len(self.structure.sites):
+            return guide
+        return Particles(self.num_particles, -self.layout.rank, self.once | rest)(guide)
 
     def _spread(self, program: Program) -> Program:
         """Return a program with all particles at once, on the minibatch of the evaluation."""
