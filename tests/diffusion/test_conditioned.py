@@ -282,6 +282,26 @@ def test_float32():
     assert bool(((found.value - log_p).abs() < 4 * found.stderr + 0.01).all())
 
 
+def test_the_verdict_tells_a_bad_twist_from_a_good_one():
+    """A sharp likelihood: the plain twist misses the evidence by nats, and is found out without knowing it."""
+    model, likelihood, y, exact = gaussian_case(8, scale=0.1)
+    log_p = torch.stack([one for one, _ in exact])
+    good = condition(model, y=y, likelihood=likelihood, cg_iterations=8)
+    assert bool(((good.value - log_p).abs() < 4 * good.stderr).all())
+    assert ph.diagnose(good).worst == "good"
+    bad = condition(model, y=y, likelihood=likelihood, cg_iterations=0)
+    assert bool(((bad.value - log_p).abs() > 4 * bad.stderr).any())
+    report = ph.diagnose(bad)
+    assert report.worst == "wrong"
+    assert [finding.level for finding in report.findings] == ["wrong", "doubtful", "doubtful"]
+    assert "the twist is bad" in str(report)
+    assert "few particles survive the step" in str(report)
+    assert set(report.numbers) >= {"log_evidence", "stderr", "spread", "khat", "ess", "step_ess"}
+    assert '"log_evidence"' in report.to_json()
+    with pytest.raises(TypeError, match="call diagnose with it alone"):
+        ph.diagnose(bad, None, y)
+
+
 class Dropped(nn.Module):
     """A denoiser with noise in training mode."""
 
