@@ -18,9 +18,12 @@ _SPREAD = (
 _TDS = "Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, Wu et al., 2023"
 _KHAT = "Pareto Smoothed Importance Sampling, Vehtari et al., 2024"
 _SPREAD_LIMIT, _SPREAD_WRONG = 1.0, 2.0
-_TAIL_MATTERS = 0.5  # spreads below it leave no room for a tail
+_TAIL_MATTERS = 0.3  # spreads below it leave no room for a tail
+_KHAT_LIMIT = 0.5  # the variance is finite below it; few filters can't tell more
 _SHARE_LIMIT = 0.1
-_ADVICE = "more cg_iterations, then more num_particles, or a chain of more layers; a denoiser that is trained further"
+_ADVICE = (
+    "more cg_iterations; a larger denoiser_error if the denoiser is learned; then more num_particles, or more layers"
+)
 
 
 def conditioned_numbers(found: Conditioned) -> dict[str, Any]:
@@ -40,7 +43,8 @@ def conditioned_findings(found: Conditioned) -> list[Finding]:
     """Report whether filters agree on p(y), whether their estimates have a heavy tail, and steps that lose particles.
 
     The spread is the standard deviation of the filters' estimates of p(y), relative to their mean.  Where it is large,
-    the mean rests on few filters, and may miss what no filter has found.
+    the mean rests on few filters.  No finding excludes that all filters miss the same part of the posterior; then log
+    p(y) rises with the number of particles.
     """
     return [_of_spread(found), *_of_tail(found), *_of_steps(found)]
 
@@ -69,16 +73,15 @@ def _of_spread(found: Conditioned) -> Finding:
 
 
 def _of_tail(found: Conditioned) -> list[Finding]:
-    good = found.evidence.good
-    heavy = (found.khat > good) & ~(_spread(found) <= _TAIL_MATTERS)
+    heavy = (found.khat > _KHAT_LIMIT) & ~(_spread(found) <= _TAIL_MATTERS)
     if not bool(heavy.any()):
         return []
     return [
         Finding(
             "doubtful",
-            f"k-hat of the filters' estimates: {int(heavy.sum())} of {heavy.numel()} data above {good:.2f}, largest "
+            f"k-hat of the filters' estimates: {int(heavy.sum())} of {heavy.numel()} data above {_KHAT_LIMIT:g}, largest "
             f"{float(found.khat[heavy].max()):.2f}",
-            "the mean of the estimates has no reliable error",
+            "the estimates may have no finite variance, so that the standard error is not reliable",
             "more num_particles, or more num_filters to be sure",
             _KHAT,
         )

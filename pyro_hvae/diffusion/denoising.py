@@ -165,9 +165,11 @@ class DenoisingChain(ReverseChain):
         """Return p(z_s | z_t) with ``xhat`` (..., *event_shape) in the place of the denoiser's estimate of x."""
         return self._towards(Noising(self.schedule(s)), Noising(self.schedule(t)), z_t, xhat)
 
-    def twisted(self, log_likelihood: LogLikelihood, context: Any, *, cg_iterations: int) -> GaussianTwist:
+    def twisted(
+        self, log_likelihood: LogLikelihood, context: Any, *, cg_iterations: int, denoiser_error: float
+    ) -> GaussianTwist:
         """Return the twists by a likelihood of x, for :func:`pyro_hvae.condition`."""
-        return GaussianTwist(self, log_likelihood, context, cg_iterations)
+        return GaussianTwist(self, log_likelihood, context, cg_iterations=cg_iterations, denoiser_error=denoiser_error)
 
     def prior(self, like: Tensor) -> TorchDistribution:
         """Return p(z_T)."""

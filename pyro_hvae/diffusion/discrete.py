@@ -190,9 +190,11 @@ class DiscreteDenoisingChain(_Corrupted, ReverseChain):
         """Return p(z_s | z_t) for times s < t."""
         return self.corruption.posterior(s, t, z_t, self.predict(z_t, t, context), self.event_dim)
 
-    def twisted(self, log_likelihood: LogLikelihood, context: Any, *, cg_iterations: int) -> CategoricalTwist:
+    def twisted(
+        self, log_likelihood: LogLikelihood, context: Any, *, cg_iterations: int, denoiser_error: float
+    ) -> CategoricalTwist:
         """Return the twists by a likelihood of x, for :func:`pyro_hvae.condition`."""
-        return CategoricalTwist(self, log_likelihood, context, cg_iterations)
+        return CategoricalTwist(self, log_likelihood, context, cg_iterations=cg_iterations)
 
     def prior(self, like: Tensor) -> TorchDistribution:
         """Return p(z_T)."""

@@ -5,15 +5,18 @@ With :math:`f(x)=\log p(y|x)` and the denoiser's estimate :math:`\hat x=\mathrm 
 .. math:: \log\psi_t(z_t) = f(\hat x(z_t)).
 
 It takes x as known.  The Laplace twist takes x as Gaussian with the covariance of Tweedie's formula,
-:math:`C=\mathrm{Cov}[x|z_t]=\tfrac{\sigma_t^2}{\alpha_t}\,\partial\hat x/\partial z_t`, and is the maximum
+:math:`\mathrm{Cov}[x|z_t]=\tfrac{\sigma_t^2}{\alpha_t}\,\partial\hat x/\partial z_t`, and is the maximum
 
-.. math:: \log\psi_t(z_t) = \max_u\; f(\hat x + u) - \tfrac12 u^\top C^{-1}u,\qquad \hat x_y = \hat x + u,
+.. math:: \log\psi_t(z_t) = \max_u\; f(\hat x + u) - \tfrac12 u^\top C^{-1}u,\qquad \hat x_y = \hat x + u,\qquad
+          C = \mathrm{Cov}[x|z_t] + \epsilon\,\tfrac{\sigma_t^2}{\alpha_t^2}\,I,
 
 to the extent that some conjugate gradients for :math:`(C^{-1}-\nabla^2 f)\,u=\nabla f`, preconditioned by C, and a
 search along u find it.  :math:`\hat x_y` estimates :math:`\mathrm E[x|z_t,y]`, and proposals are the chain's layers
 with it in the place of :math:`\hat x`.  The plain twist has :math:`u=C\,\nabla f`, and overshoots where y tells much
-more of x than z_t does.  For Gaussian x and y the Laplace twist becomes p(y|z_t) up to a constant, with as many
-iterations as :math:`C\nabla^2 f` has different eigenvalues.
+more of x than z_t does.  :math:`\epsilon` allows for a denoiser that is learned: an error in the noise that it
+predicts, of this mean square, is one of variance :math:`\epsilon\,\sigma_t^2/\alpha_t^2` in :math:`\hat x`, large where
+z_t is mostly noise.  With :math:`\epsilon = 0`, for Gaussian x and y the Laplace twist becomes p(y|z_t) up to a
+constant, with as many iterations as :math:`C\nabla^2 f` has different eigenvalues.
 
 For categories :math:`\hat x` are the probabilities :math:`\pi` of the entries, C is their multinomial covariance, u is
 the change of :math:`\pi` that s adds to the logits, and the quadratic term is its divergence from :math:`\pi`.
@@ -66,15 +69,25 @@ class Twist:
         log_likelihood: of x; differentiable twice with ``cg_iterations``.
         context: for the denoiser.
         cg_iterations: of the Laplace twist, each with a gradient of the denoiser; 0 for the plain twist.
+        denoiser_error: of the Laplace twist, for Gaussian noise: epsilon.
 
     Subclasses define :meth:`at`, :meth:`layer`, :meth:`last`, :meth:`example` and :meth:`argument`.
     """
 
-    def __init__(self, chain: Any, log_likelihood: LogLikelihood, context: Any, cg_iterations: int) -> None:
+    def __init__(
+        self,
+        chain: Any,
+        log_likelihood: LogLikelihood,
+        context: Any,
+        *,
+        cg_iterations: int,
+        denoiser_error: float = 0.0,
+    ) -> None:
         self.chain = chain
         self.log_likelihood = log_likelihood
         self.context = context
         self.cg_iterations = cg_iterations
+        self.denoiser_error = denoiser_error
 
     def at(self, t: Tensor, z: Tensor) -> Twisted:
         """Return the twist at z_t."""
@@ -166,7 +179,13 @@ class GaussianTwist(Twist):
 
         def covariance(vector: Tensor) -> Tensor:
             (product,) = torch.autograd.grad(xhat, leaf, vector, retain_graph=True)
-            return level.sigma**2 / level.alpha * product
+            tweedie = level.sigma**2 / level.alpha * product
+            if not self.cg_iterations:
+                return tweedie
+            # The Jacobian of a learned denoiser may be no covariance where z is mostly noise.
+            valid = (vector * tweedie).sum(tuple(range(self._lead(vector), vector.dim())), keepdim=True) > 0
+            floor = self.denoiser_error * (level.sigma / level.alpha) ** 2 * vector
+            return floor + torch.where(valid, tweedie, torch.zeros_like(tweedie))
 
         log_psi, _, shift = self._maximise(xhat, covariance)
         return Twisted(log_psi, xhat.detach(), xhat.detach() + shift)

@@ -46,6 +46,8 @@ class ConditionOptions(TypedDict, total=False):
         resample: ``"systematic"`` (the default), ``"multinomial"`` or ``"none"``.
         cg_iterations: of the twist, 3 by default, each with a gradient of the denoiser: conjugate gradients that take
             the uncertainty of x given z_t into account.  0 is the twist p(y | estimate of x) of Wu et al., 2023.
+        denoiser_error: of a Gaussian chain, the mean square error that its denoiser makes in the noise beyond the least
+            possible one, 0.02 by default: the twist trusts the denoiser less where z_t is mostly noise.
         chunk_size: filters that run at once; by default particles times entries stay below 20,000.
     """
 
@@ -54,6 +56,7 @@ class ConditionOptions(TypedDict, total=False):
     ess_threshold: float
     resample: str
     cg_iterations: int
+    denoiser_error: float
     chunk_size: int | None
 
 
@@ -63,6 +66,7 @@ _DEFAULTS: dict[str, Any] = {
     "ess_threshold": 0.5,
     "resample": "systematic",
     "cg_iterations": 3,
+    "denoiser_error": 0.02,
     "chunk_size": None,
 }
 
@@ -184,7 +188,7 @@ def condition(
         at_once = settings["chunk_size"] or default_chunk(shape[0] * count)
         return [sampler((shape[0], part), resampling) for part in chunks(shape[1], at_once)]
 
-    parts = _with_twist(model, y, likelihood, context, settings["cg_iterations"], run)
+    parts = _with_twist(model, y, likelihood, context, _twist_settings(settings), run)
     filters = torch.cat([part.log_evidence for part in parts])
     check_weights(filters)
     within = torch.cat([part.log_weights - log_mean_exp(part.log_weights) for part in parts], 1)
@@ -224,16 +228,16 @@ def reconstruction_guidance(
         et al., 2022), which names it.
     """
     check_count("num_draws", num_draws)
-    check_count("cg_iterations", cg_iterations, 0)
+    settings = _checked({"cg_iterations": cg_iterations})
 
     def run(sampler: Callable[[tuple[int, int], Resampling], Filtered], count: int) -> Tensor:
         return sampler((num_draws, 1), Resampling("none", 0.0)).last["x"].squeeze(1)
 
-    return _with_twist(model, y, likelihood, context, cg_iterations, run)
+    return _with_twist(model, y, likelihood, context, _twist_settings(settings), run)
 
 
 def _with_twist(
-    model: Any, y: Tensor, likelihood: nn.Module, context: Any, cg_iterations: int, run: Callable[[Any, int], Any]
+    model: Any, y: Tensor, likelihood: nn.Module, context: Any, settings: dict[str, Any], run: Callable[[Any, int], Any]
 ) -> Any:
     """Check the arguments, and call ``run`` with a sampler of (shape, resampling) and the entries of one particle."""
     _check_programs(model, y, likelihood)
@@ -246,7 +250,7 @@ def _with_twist(
         def log_likelihood(x: Tensor) -> Tensor:
             return likelihood(x).log_prob(observed)
 
-        twist = chain.twisted(log_likelihood, context, cg_iterations=cg_iterations)
+        twist = chain.twisted(log_likelihood, context, **settings)
         _check_likelihood(likelihood, twist, observed)
 
         def sampler(shape: tuple[int, int], resampling: Resampling) -> Filtered:
@@ -269,9 +273,14 @@ def _checked(options: Any) -> dict[str, Any]:
     check_number("ess_threshold", settings["ess_threshold"], 0.0, 1.0)
     check_choice("resample", settings["resample"], RESAMPLING)
     check_count("cg_iterations", settings["cg_iterations"], 0)
+    check_number("denoiser_error", settings["denoiser_error"], 0.0)
     if settings["chunk_size"] is not None:
         check_count("chunk_size", settings["chunk_size"])
     return settings
+
+
+def _twist_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in ("cg_iterations", "denoiser_error")}
 
 
 def _check_programs(model: Any, y: Any, likelihood: Any) -> None:

@@ -44,7 +44,7 @@ def by_filter(found: Conditioned, values):
 def test_evidence_and_moments_of_a_gaussian_chain(dim):
     """The chain of a Gaussian is Gaussian for every number of layers, so that nothing is approximate but the draws."""
     model, likelihood, y, exact = gaussian_case(dim)
-    found = condition(model, y=y, likelihood=likelihood, num_particles=48)
+    found = condition(model, y=y, likelihood=likelihood, num_particles=32, num_filters=100)
     log_p = torch.stack([one for one, _ in exact])
     assert bool(((found.value - log_p).abs() < 4 * found.stderr).all())
     assert bool((found.stderr < 0.1).all())
@@ -53,7 +53,7 @@ def test_evidence_and_moments_of_a_gaussian_chain(dim):
     standard = (found.x - means) / deviations
     for values, expected in ((standard, 0.0), (standard**2, 1.0)):
         mean, error = by_filter(found, values)
-        assert bool(((mean - expected).abs() < 4.5 * error).all())
+        assert bool(((mean - expected).abs() < 5 * error).all())
         assert bool((error < 0.25).all())  # so that a mean off by a standard deviation is seen
         assert float(error.mean()) < 0.1
 
@@ -63,9 +63,10 @@ def test_every_twist_gives_the_evidence(cg_iterations):
     """Without conjugate gradients it is the twist of Wu et al. (2023); the better twist has the smaller error."""
     model, likelihood, y, exact = gaussian_case(2, scale=0.6)
     log_p = torch.stack([one for one, _ in exact])
-    found = condition(model, y=y, likelihood=likelihood, num_particles=64, cg_iterations=cg_iterations)
+    settings = {"y": y, "likelihood": likelihood, "denoiser_error": 0.0}
+    found = condition(model, cg_iterations=cg_iterations, **settings)
     assert bool(((found.value - log_p).abs() < 4 * found.stderr).all())
-    best = condition(model, y=y, likelihood=likelihood, num_particles=64)
+    best = condition(model, **settings)
     assert bool((best.stderr < 1.1 * found.stderr).all())
     assert cg_iterations or bool((best.stderr < 0.7 * found.stderr).all())
 
@@ -241,12 +242,46 @@ def test_bits_against_enumeration(corruption, denoiser, num_layers):
     found = condition(model, y=y, likelihood=Sum())
     assert bool(((found.value - joint.logsumexp(0)).abs() < 4 * found.stderr).all())
     assert bool((found.stderr < 0.05).all())
+    assert float(found.step_ess.min()) > 0.4  # what is revealed already counts as known
     hits = (found.x.unsqueeze(-2) == x).all(-1).double()
     share, error = by_filter(found, hits)
     assert bool(((share - joint.softmax(0).T).abs() < 4.5 * error + 1e-3).all())
     assert corruption != "any_order" or torch.allclose(model_evidence(model, x).exp(), BITS)
     drawn = reconstruction_guidance(model, y=y, likelihood=Sum(), num_draws=7)
     assert drawn.shape == (7, 2, 3)
+
+
+class Learned(nn.Module):
+    """The exact denoiser with an error of the size that networks make, in the noise: smooth in z, and fixed."""
+
+    def __init__(self, exact, size):
+        super().__init__()
+        self.exact, self.size = exact, size
+
+    def forward(self, z, gamma):
+        ratio = torch.exp(0.5 * gamma).unsqueeze(-1)
+        return self.exact(z, gamma) + self.size * ratio * torch.sin(z.flip(-1) + 0.5 * gamma.unsqueeze(-1))
+
+
+def test_a_learned_denoiser_is_trusted_less_where_all_is_noise():
+    """An error in the noise is magnified in the estimate of x; without an allowance for it the evidence is missed.
+
+    The reference is plain Monte Carlo with the chain's own draws.
+    """
+    torch.manual_seed(0)
+    exact = GaussianMixture(
+        torch.ones(2) / 2, torch.tensor([[-1.2, 0.6], [1.2, 0.6]]), 0.1 * torch.eye(2).expand(2, 2, 2)
+    )
+    model = exact.model(60)
+    model.denoiser = Learned(exact, 0.15)
+    y, likelihood = torch.tensor([[0.0, 0.9], [1.3, 0.2]]), linear(torch.eye(2), 0.3)
+    with torch.no_grad():
+        terms = likelihood(model(size=40_000)).log_prob(y[:, None])
+    plain, error = ph.weights.log_mean_exp(terms, 1), ph.weights.log_mean_exp_stderr(terms, 1)
+    found = condition(model, y=y, likelihood=likelihood)
+    trusting = condition(model, y=y, likelihood=likelihood, denoiser_error=0.0)
+    assert bool(((found.value - plain).abs() < 4 * (found.stderr**2 + error**2).sqrt()).all())
+    assert bool((found.stderr < 0.5 * trusting.stderr).all())
 
 
 def test_each_datum_has_its_own_evidence_and_draws():
@@ -330,6 +365,11 @@ def test_programs_are_left_as_they_are():
         torch.manual_seed(3)
         results.append(condition(model, y=y, likelihood=likelihood, num_particles=4, num_filters=5).x)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.manual_seed(3)
+    quiet = condition(model.eval(), y=y, likelihood=likelihood, num_particles=4, num_filters=5)
+    torch.testing.assert_close(results[0], quiet.x, rtol=0, atol=0)
+    assert not model.training
+    model.train()
     assert not torch.equal(condition(model, y=y, likelihood=likelihood, num_particles=4, num_filters=5).x, results[0])
     assert all(module.training for module in (*model.modules(), *likelihood.modules()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -374,6 +414,7 @@ BAD = {
     "threshold": ({"ess_threshold": 1.5}, ValueError, "ess_threshold must be a number in"),
     "scheme": ({"resample": "sytematic"}, ValueError, "did you mean 'systematic'"),
     "iterations": ({"cg_iterations": -1}, ValueError, "cg_iterations must be at least 0"),
+    "error": ({"denoiser_error": -0.1}, ValueError, "denoiser_error must be a number of at least 0"),
     "chunk": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
     "unknown": ({"particles": 3}, TypeError, "no option 'particles'; there are .*num_particles"),
 }
