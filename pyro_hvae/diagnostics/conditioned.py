@@ -19,7 +19,7 @@ _TDS = "Practical and Asymptotically Exact Conditional Sampling in Diffusion Mod
 _KHAT = "Pareto Smoothed Importance Sampling, Vehtari et al., 2024"
 _SPREAD_LIMIT, _SPREAD_WRONG = 1.0, 2.0
 _TAIL_MATTERS = 0.3  # spreads below it leave no room for a tail
-_KHAT_LIMIT = 0.5  # the variance is finite below it; few filters can't tell more
+_KHAT_LIMIT = 0.7  # of many draws: that of few filters is so noisy that a lower one would alarm without reason
 _SHARE_LIMIT = 0.1
 _ADVICE = (
     "more cg_iterations; a larger denoiser_error if the denoiser is learned; then more num_particles, or more layers"
@@ -79,9 +79,9 @@ def _of_tail(found: Conditioned) -> list[Finding]:
     return [
         Finding(
             "doubtful",
-            f"k-hat of the filters' estimates: {int(heavy.sum())} of {heavy.numel()} data above {_KHAT_LIMIT:g}, largest "
-            f"{float(found.khat[heavy].max()):.2f}",
-            "the estimates may have no finite variance, so that the standard error is not reliable",
+            f"k-hat of the filters' estimates: {int(heavy.sum())} of {heavy.numel()} data above {_KHAT_LIMIT:g}, "
+            f"largest {float(found.khat[heavy].max()):.2f}",
+            "the mean of the estimates has no reliable error",
             "more num_particles, or more num_filters to be sure",
             _KHAT,
         )
