@@ -91,7 +91,7 @@ MUTANTS = [
     ("evidence/conditioned.py", "(within.nan_to_num(nan=0.0) + filters)", "within.nan_to_num(nan=0.0)",
      f"{D}/test_conditioned.py"),
     ("evidence/conditioned.py", "evaluation_mode(model, likelihood), torch.no_grad()", "torch.no_grad()",
-     f"{D}/test_conditioned.py"),
+     f"{D}/test_conditioned_arguments.py"),
     ("diagnostics/conditioned.py", "return found.stderr * found.num_filters**0.5", "return found.stderr",
      f"{D}/test_conditioned.py"),
     ("diffusion/samplers.py", "blend = xhat + (xhat - before) / (2 * ratio)", "blend = xhat + (xhat - before) * ratio",

@@ -25,9 +25,9 @@ from pyro_hvae.arguments import check_choice, check_count, check_number
 from pyro_hvae.bounds.particles import Filtered, Resampling
 from pyro_hvae.bounds.resampling import RESAMPLING, ancestors_of, gather
 from pyro_hvae.evidence.importance import Evidence, evidence_of_weights
-from pyro_hvae.evidence.twisted import Conditionable, Twist, twisted_particles
+from pyro_hvae.evidence.observations import check_likelihood, check_programs
+from pyro_hvae.evidence.twisted import Conditionable, twisted_particles
 from pyro_hvae.modules import evaluation_mode
-from pyro_hvae.problem.checks import check_observation
 from pyro_hvae.problem.isolation import unchanged
 from pyro_hvae.weights import check_weights, chunks, default_chunk, effective_sample_size, log_mean_exp
 
@@ -240,7 +240,7 @@ def _with_twist(
     model: Any, y: Tensor, likelihood: nn.Module, context: Any, settings: dict[str, Any], run: Callable[[Any, int], Any]
 ) -> Any:
     """Check the arguments, and call ``run`` with a sampler of (shape, resampling) and the entries of one particle."""
-    _check_programs(model, y, likelihood)
+    check_programs(model, y, likelihood)
 
     def visited(chain: Conditionable) -> Any:
         like = chain.reference()
@@ -251,7 +251,7 @@ def _with_twist(
             return likelihood(x).log_prob(observed)
 
         twist = chain.twisted(log_likelihood, context, **settings)
-        _check_likelihood(likelihood, twist, observed)
+        check_likelihood(likelihood, twist, observed)
 
         def sampler(shape: tuple[int, int], resampling: Resampling) -> Filtered:
             return twisted_particles(chain, twist, log_likelihood, (*shape, size), resampling)
@@ -281,63 +281,3 @@ def _checked(options: Any) -> dict[str, Any]:
 
 def _twist_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in ("cg_iterations", "denoiser_error")}
-
-
-def _check_programs(model: Any, y: Any, likelihood: Any) -> None:
-    if not callable(getattr(model, "twisted", None)):
-        raise TypeError(
-            f"condition needs a diffusion as the prior of x, a DenoisingChain or a DiscreteDenoisingChain, got "
-            f"{type(model).__name__}; of a pair take the model, and of other chains write y as one more kernel"
-        )
-    if model.num_layers is None:
-        raise ValueError(
-            "a diffusion in continuous time has no layers to condition: build the chain with num_layers=, with the "
-            "same denoiser"
-        )
-    if not isinstance(likelihood, nn.Module):
-        raise TypeError(
-            f"likelihood must be a kernel p(y|x), a torch.nn.Module whose forward(x) returns a distribution, got "
-            f"{type(likelihood).__name__}; for example LinearGaussian(in_features, out_features, weight=..., scale=...)"
-        )
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y must be a torch.Tensor, got {type(y).__name__}; convert with torch.as_tensor")
-    if not y.dim() or not len(y):
-        raise ValueError(
-            f"y must have at least one datum along its first dim, got shape {tuple(y.shape)}; write y.unsqueeze(0) for "
-            "one datum"
-        )
-    if y.is_floating_point() and not bool(torch.isfinite(y).all()):
-        first = tuple((~torch.isfinite(y)).nonzero()[0].tolist())
-        raise ValueError(
-            f"y is {y[first].item()} at index {first}: drop such data, or mask the entries in the likelihood's "
-            "distribution and put any finite number in their place"
-        )
-
-
-def _check_likelihood(likelihood: nn.Module, twist: Twist, y: Tensor) -> None:
-    """Refuse likelihoods of other shapes, y outside of their support, and those without a gradient."""
-    size, name = len(y), type(likelihood).__name__
-    with torch.enable_grad():
-        x = twist.example(size).requires_grad_()
-        try:
-            distribution = likelihood(x)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"the likelihood {name} failed on x of shape {tuple(x.shape)}, (N, *event_shape of the diffusion): "
-                f"{error}"
-            ) from error
-        if not hasattr(distribution, "log_prob"):
-            raise TypeError(f"the likelihood {name} must return a distribution, got {type(distribution).__name__}")
-        shapes = tuple(distribution.batch_shape), tuple(distribution.event_shape)
-        if shapes != ((size,), tuple(y.shape[1:])):
-            raise ValueError(
-                f"the likelihood {name} must have batch shape {(size,)} and the event shape of y "
-                f"{tuple(y.shape[1:])}, got {shapes[0]} and {shapes[1]}: move the dims of one observation into the "
-                "event by .to_event(...), or give y that shape"
-            )
-        check_observation("y", distribution, y)
-        if not distribution.log_prob(y).requires_grad:
-            raise ValueError(
-                f"the likelihood {name} has no gradient with respect to x: write it by differentiable operations of x, "
-                "without detach() or rounding"
-            )
