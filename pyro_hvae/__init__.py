@@ -19,8 +19,9 @@ Bounds
 
 Evidence and diagnostics
     :class:`Problem` binds a pair and its data; :func:`amortize` makes a guide from a model;
-    :func:`log_evidence`, :func:`evidence_interval`, :func:`evidence_sandwich`, :func:`diagnose`,
-    :func:`posterior_error`, :func:`to_datatree`, and products of factors (:func:`forward_kl`, :func:`reverse_kl`).
+    :func:`log_evidence`, :func:`evidence_interval`, :func:`evidence_sandwich`, :func:`condition`,
+    :func:`diagnose`, :func:`posterior_error`, :func:`to_datatree`, and products of factors (:func:`forward_kl`,
+    :func:`reverse_kl`).
     More in :mod:`pyro_hvae.problem`, :mod:`~pyro_hvae.amortized`, :mod:`~pyro_hvae.evidence`,
     :mod:`~pyro_hvae.diagnostics`, :mod:`~pyro_hvae.factorized`,
     :mod:`~pyro_hvae.weights`, :mod:`~pyro_hvae.plots`.
@@ -65,7 +66,7 @@ from pyro_hvae.chains import (
 )
 from pyro_hvae.diagnostics import diagnose, posterior_error, to_datatree
 from pyro_hvae.diffusion import DenoisingChain, Diffusion, DiscreteDenoisingChain, DiscreteDiffusion
-from pyro_hvae.evidence import AnnealedBound, evidence_interval, evidence_sandwich, log_evidence
+from pyro_hvae.evidence import AnnealedBound, condition, evidence_interval, evidence_sandwich, log_evidence
 from pyro_hvae.factorized import compare_guides, forward_kl, reverse_kl, total_correlation
 from pyro_hvae.kernels import (
     Bernoulli,
@@ -163,6 +164,7 @@ __all__ += [
     "Problem",
     "amortize",
     "compare_guides",
+    "condition",
     "diagnose",
     "evidence_interval",
     "evidence_sandwich",

@@ -57,6 +57,7 @@ class Filtered:
         resampled: where particles were resampled after a stage, (S, *plates), boolean.
         ancestors: of the particles at each stage but the first, (S - 1, K, *plates); empty unless kept.
         draws: values by site as they were drawn, (K, *plates, *event); empty unless kept.
+        last: values by name at the last stage, without those that the stages drop, (K, *plates, *event).
     """
 
     log_evidence: Tensor
@@ -65,6 +66,7 @@ class Filtered:
     resampled: Tensor
     ancestors: list[Tensor] = field(default_factory=list)
     draws: dict[str, Tensor] = field(default_factory=dict)
+    last: dict[str, Tensor] = field(default_factory=dict)
     _scores: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def score_term(self) -> Tensor:
@@ -175,7 +177,7 @@ def run_particles(
         if keep:
             filtered.ancestors.append(ancestors)
     filtered.log_evidence = done + log_mean_exp(log_weights)
-    filtered.log_weights = log_weights
+    filtered.log_weights, filtered.last = log_weights, values
     filtered.ess, filtered.resampled = torch.stack(ess), torch.stack(resampled)
     return filtered
 

@@ -13,6 +13,7 @@ from pyro.infer.mcmc.api import AbstractMCMC
 from pyro_hvae.arguments import check_count
 from pyro_hvae.diagnostics import findings as word
 from pyro_hvae.diagnostics.calibration import calibrate
+from pyro_hvae.diagnostics.conditioned import conditioned_findings, conditioned_numbers
 from pyro_hvae.diagnostics.datatree import collect
 from pyro_hvae.diagnostics.information import layers
 from pyro_hvae.diagnostics.khat import LayerWeights, khats_of_tree, khats_of_weights
@@ -23,7 +24,7 @@ from pyro_hvae.diagnostics.predictive import predictive_check
 from pyro_hvae.diagnostics.report import LEVELS, Finding, Report
 from pyro_hvae.diagnostics.sources import Source, problems_of, sources_of
 from pyro_hvae.diagnostics.weights import resample
-from pyro_hvae.evidence import evidence_sandwich
+from pyro_hvae.evidence import Conditioned, evidence_sandwich
 from pyro_hvae.problem import Problem
 from pyro_hvae.problem.isolation import evaluating
 from pyro_hvae.weights import effective_sample_size
@@ -59,7 +60,8 @@ def diagnose(
         model, guide: Pyro programs, called with ``args`` and ``kwargs``.  A list of guides trained independently is
             compared by R-hat, and the first is diagnosed; ``model`` may then be a list too.  Or a bound
             :class:`~pyro_hvae.problem.Problem`; or a tree of :func:`~pyro_hvae.diagnostics.to_datatree`, also one
-            opened from a file; its groups decide which checks run.
+            opened from a file; its groups decide which checks run.  Or the result of
+            :func:`~pyro_hvae.condition`, whose particles are judged.
         num_draws: S >= 100 draws of the guide; a tree has its own.
         calibration: also simulate data and test the ranks; for amortised guides.
         evidence: also bracket log p(x) by :func:`pyro_hvae.evidence_sandwich`, from the guide, or from the prior where
@@ -83,6 +85,10 @@ def diagnose(
         ('wrong', 'k-hat of each datum')
     """
     numbers: Numbers = {}
+    if isinstance(model, Conditioned):
+        if guide is not None or args or kwargs or calibration or evidence or error:
+            raise TypeError("a conditioned diffusion has its draws already; call diagnose with it alone")
+        return _report(conditioned_findings(model), conditioned_numbers(model))
     if _is_tree(model):
         if guide is not None or args or kwargs:
             raise TypeError("a tree has its draws already; call diagnose with the tree alone")

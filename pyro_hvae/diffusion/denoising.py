@@ -22,6 +22,7 @@ from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
 from pyro_hvae.diffusion.process import Noising, broadcast_level
 from pyro_hvae.diffusion.reverse import ReverseChain
 from pyro_hvae.diffusion.schedules import Schedule
+from pyro_hvae.diffusion.twists import GaussianTwist, LogLikelihood
 from pyro_hvae.diffusion.variance import ReverseVariance
 from pyro_hvae.kernels import Kernel
 
@@ -160,6 +161,16 @@ class DenoisingChain(ReverseChain):
         """Return p(z_s | z_t) for times s < t."""
         return self._transition(Noising(self.schedule(s)), Noising(self.schedule(t)), z_t, context)
 
+    def transition_to(self, s: Tensor, t: Tensor, z_t: Tensor, xhat: Tensor) -> TorchDistribution:
+        """Return p(z_s | z_t) with ``xhat`` (..., *event_shape) in the place of the denoiser's estimate of x."""
+        return self._towards(Noising(self.schedule(s)), Noising(self.schedule(t)), z_t, xhat)
+
+    def twisted(
+        self, log_likelihood: LogLikelihood, context: Any, *, cg_iterations: int, denoiser_error: float
+    ) -> GaussianTwist:
+        """Return the twists by a likelihood of x, for :func:`pyro_hvae.condition`."""
+        return GaussianTwist(self, log_likelihood, context, cg_iterations=cg_iterations, denoiser_error=denoiser_error)
+
     def prior(self, like: Tensor) -> TorchDistribution:
         """Return p(z_T)."""
         zero = like.new_zeros(self.event_shape)
@@ -201,7 +212,9 @@ class DenoisingChain(ReverseChain):
         return kernel
 
     def _transition(self, lower: Noising, upper: Noising, z: Tensor, context: Any) -> TorchDistribution:
-        xhat = self.predict(z, upper.gamma, context)
+        return self._towards(lower, upper, z, self.predict(z, upper.gamma, context))
+
+    def _towards(self, lower: Noising, upper: Noising, z: Tensor, xhat: Tensor) -> TorchDistribution:
         of_z, of_x, variance = upper.posterior_to(lower)
         if self.reverse_variance is not None:
             excess = torch.expm1(upper.gamma - lower.gamma) * self.reverse_variance(upper.gamma)

@@ -22,6 +22,7 @@ from pyro_hvae.diffusion.corruption import Corruption, log_one_hot
 from pyro_hvae.diffusion.process import NoisingProcess
 from pyro_hvae.diffusion.replacement import ReplacementSchedule
 from pyro_hvae.diffusion.reverse import ReverseChain
+from pyro_hvae.diffusion.twists import CategoricalTwist, LogLikelihood
 from pyro_hvae.distributions import Categorical
 from pyro_hvae.kernels import Kernel
 
@@ -188,6 +189,12 @@ class DiscreteDenoisingChain(_Corrupted, ReverseChain):
     def transition(self, s: Tensor, t: Tensor, z_t: Tensor, context: Any = None) -> TorchDistribution:
         """Return p(z_s | z_t) for times s < t."""
         return self.corruption.posterior(s, t, z_t, self.predict(z_t, t, context), self.event_dim)
+
+    def twisted(
+        self, log_likelihood: LogLikelihood, context: Any, *, cg_iterations: int, denoiser_error: float
+    ) -> CategoricalTwist:
+        """Return the twists by a likelihood of x, for :func:`pyro_hvae.condition`."""
+        return CategoricalTwist(self, log_likelihood, context, cg_iterations=cg_iterations)
 
     def prior(self, like: Tensor) -> TorchDistribution:
         """Return p(z_T)."""

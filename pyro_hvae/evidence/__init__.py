@@ -1,6 +1,7 @@
 """Estimates and brackets of the evidence log p(x), and its gap to the bound."""
 
 from pyro_hvae.evidence.annealed import Chains, anneal, annealing
+from pyro_hvae.evidence.conditioned import Conditioned, ConditionOptions, condition, reconstruction_guidance
 from pyro_hvae.evidence.gap import PosteriorGap, RefinedGuide, posterior_gap, refine
 from pyro_hvae.evidence.importance import Evidence, log_evidence
 from pyro_hvae.evidence.interval import EvidenceInterval, Interval, evidence_interval
@@ -12,6 +13,8 @@ from pyro_hvae.evidence.temperatures import sigmoid_temperatures, temperatures
 __all__ = [
     "AnnealedBound",
     "Chains",
+    "ConditionOptions",
+    "Conditioned",
     "Evidence",
     "EvidenceInterval",
     "Interval",
@@ -21,10 +24,12 @@ __all__ = [
     "Sandwich",
     "anneal",
     "annealing",
+    "condition",
     "evidence_interval",
     "evidence_sandwich",
     "log_evidence",
     "posterior_gap",
+    "reconstruction_guidance",
     "refine",
     "sigmoid_temperatures",
     "temperatures",

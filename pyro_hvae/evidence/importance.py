@@ -41,7 +41,7 @@ from pyro_hvae.weights import (
     pareto_khat,
 )
 
-__all__ = ["Evidence", "Sampling", "draw_log_weights", "log_evidence"]
+__all__ = ["Evidence", "Sampling", "draw_log_weights", "evidence_of_weights", "log_evidence"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def draw_log_weights(problem: Problem, sampling: Sampling) -> Tensor:
     return weights
 
 
-def _of_weights(weights: Tensor, method: str) -> Evidence:
+def evidence_of_weights(weights: Tensor, method: str) -> Evidence:
     """Return the log of the average weight, its standard error by the delta method, and diagnostics."""
     return Evidence(
         value=log_mean_exp(weights),
@@ -236,7 +236,7 @@ def _annealed(problem: Problem, sampling: Sampling) -> Evidence:
     parts = [run_chains(moves.on(Path(start, count)), progress=sampling.progress).log_weights for count in counts]
     weights = torch.cat(parts)
     check_weights(weights)
-    return _of_weights(weights, "annealed")
+    return evidence_of_weights(weights, "annealed")
 
 
 def _enumerate(problem: Problem) -> Evidence:
@@ -299,12 +299,12 @@ def _smc(problem: Problem, sampling: Sampling) -> Evidence:
         steps = tqdm(range(_FILTERS), disable=not sampling.progress, desc="log p(x)", unit="filter")
         estimates = torch.stack([bound.evaluate(problem).value for _ in steps])
     check_weights(estimates)
-    return _of_weights(estimates, "smc")
+    return evidence_of_weights(estimates, "smc")
 
 
 _METHODS: dict[str, Callable[[Problem, Sampling], Evidence]] = {
-    "importance": lambda problem, sampling: _of_weights(draw_log_weights(problem, sampling), "importance"),
-    "prior": lambda problem, sampling: _of_weights(draw_log_weights(drawn_prior(problem), sampling), "prior"),
+    "importance": lambda problem, sampling: evidence_of_weights(draw_log_weights(problem, sampling), "importance"),
+    "prior": lambda problem, sampling: evidence_of_weights(draw_log_weights(drawn_prior(problem), sampling), "prior"),
     "bayes": _bayes,
     "annealed": _annealed,
     "enumerate": lambda problem, _: _enumerate(problem),
