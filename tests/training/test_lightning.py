@@ -17,6 +17,9 @@ from pyro_hvae.training import NonFiniteError, PairModule, fit
 
 lightning = pytest.importorskip("lightning.pytorch")
 
+# Lightning's advice: no validation data, few batches, other folders
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
+
 QUIET = {
     "accelerator": "cpu",
     "devices": 1,
