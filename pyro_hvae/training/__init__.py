@@ -11,6 +11,7 @@ from pyro_hvae.training.fit import Result, fit, fit_restarts
 from pyro_hvae.training.history import History
 from pyro_hvae.training.loop import Run
 from pyro_hvae.training.nonfinite import NonFiniteError
+from pyro_hvae.training.pulse import LostProcessError
 from pyro_hvae.training.rebuild import load
 from pyro_hvae.training.trust import UntrustedError
 
@@ -24,6 +25,7 @@ __all__ = [
     "ConsoleLog",
     "EarlyStopping",
     "History",
+    "LostProcessError",
     "NonFiniteError",
     "PairModule",
     "ProgressBar",
