@@ -49,8 +49,12 @@ def in_a_process(action, **options):
     return process.exitcode
 
 
-def start_ranks(action, folder=None, count=2):
-    """Start ``action(fabric)`` on processes that talk by gloo; ``folder`` gets the standard error of each.
+def start_ranks(action, folder=None, count=2, fabric=True):
+    """Start ``action(fabric)`` on processes that talk by gloo.
+
+    Args:
+        folder: gets the standard error of each, as ``stderr-0``, ...
+        fabric: False for an action without argument.
 
     Returns:
         The processes, in order of rank.
@@ -59,7 +63,7 @@ def start_ranks(action, folder=None, count=2):
     variables = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     return [
         start(
-            _Rank(action, count),
+            _Rank(action, count) if fabric else action,
             environment={**variables, "LOCAL_RANK": str(rank)},
             stderr=None if folder is None else folder / f"stderr-{rank}",
         )
@@ -67,9 +71,9 @@ def start_ranks(action, folder=None, count=2):
     ]
 
 
-def in_two_ranks(action):
+def in_two_ranks(action, fabric=True):
     """Run ``action(fabric)`` on two processes that talk by gloo, and see that both end well."""
-    ranks = start_ranks(action)
+    ranks = start_ranks(action, fabric=fabric)
     for process in ranks:
         process.join()
     assert [process.exitcode for process in ranks] == [0, 0]

@@ -9,11 +9,14 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from pyro_hvae.bounds import IWELBO, Regularised, TraceELBO, warm_up
 from pyro_hvae.data import Batches
 from pyro_hvae.models import hvae
 from pyro_hvae.training import NonFiniteError, PairModule, fit
+from tests.processes import in_two_ranks
+from tests.training.test_distributed import Guide, Model
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -238,3 +241,53 @@ def test_test_data_are_evaluated_under_the_noise_of_validation():
     (found,) = trainer.test(module, DataLoader(x[:16], batch_size=8), verbose=False)
     (again,) = trainer.validate(module, DataLoader(x[:16], batch_size=8), verbose=False)
     assert found["test_loss"] == again["validation_loss"]
+
+
+def on_devices(folder, devices):
+    """Train by the Trainer on one of several processes, without noise; keep losses, parameters and records."""
+    torch.manual_seed(4)
+    model, guide, x = Model(), Guide(noise=False), torch.randn(40, 3)
+    steps = Steps()
+    module = PairModule(model, guide, TraceELBO(), optimizer=adam)
+    options = {"devices": devices, "callbacks": [steps]}
+    if devices > 1:
+        options["strategy"] = lightning.strategies.DDPStrategy(process_group_backend="gloo")
+    # the sampler that Lightning adds shuffles the training data
+    trainer = lightning.Trainer(max_epochs=3, use_distributed_sampler=False, **{**QUIET, **options})
+    rank = trainer.global_rank
+    loaders = (
+        DataLoader(
+            part, batch_size=8 // devices, sampler=DistributedSampler(part, devices, rank, shuffle=False)
+        )
+        for part in (x, x[:16])
+    )
+    trainer.fit(module, *loaders)
+    validation = float(trainer.callback_metrics["validation_loss"])
+    torch.save((steps.losses, steps.weights, validation, torch.randn(4)), folder / f"{rank}.pt")
+
+
+def test_two_ranks_make_the_steps_of_one_and_of_fit(tmp_path):
+    (tmp_path / "single").mkdir()
+    on_devices(tmp_path / "single", 1)
+    in_two_ranks(functools.partial(on_devices, tmp_path, 2), fabric=False)
+    losses, _, validation, _ = torch.load(tmp_path / "single" / "0.pt")
+    (first, own, held_out, noise), (second, others, _, other_noise) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
+    )
+    torch.manual_seed(4)
+    model, guide, x = Model(), Guide(noise=False), torch.randn(40, 3)
+    expected = Steps()
+    fit(
+        model, guide, x, bound=TraceELBO(), epochs=3, batch_size=8, shuffle=False, optimizer=adam,
+        callbacks=[expected], seed=3, progress=False,
+    )  # fmt: skip
+    assert losses == pytest.approx(expected.losses, rel=1e-12)
+    assert [(a + b) / 2 for a, b in zip(first, second, strict=True)] == pytest.approx(
+        expected.losses, rel=1e-6
+    )
+    assert held_out == pytest.approx(validation, rel=1e-5)  # Lightning averages in float32
+    for step in range(15):
+        for a, b, c in zip(own[step], others[step], expected.weights[step], strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-9)
+    assert not torch.equal(noise, other_noise)
