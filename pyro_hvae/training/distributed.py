@@ -79,9 +79,7 @@ class Ranks:
             return wanted
         own = self.fabric.device
         if wanted is not None and torch.device(wanted) not in (own, torch.device(own.type)):
-            raise ValueError(
-                f"device={str(wanted)!r}, and the fabric trains on {str(own)!r}: pass one of them"
-            )
+            raise ValueError(f"device={str(wanted)!r}, and the fabric trains on {str(own)!r}: pass one of them")
         return None if own.type == "cpu" else own
 
     @property

@@ -146,9 +146,7 @@ class PairModule(_base() or _Missing):  # type: ignore[misc]
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch, 0-dim, in nats a datum."""
         if self.pair is None:
-            raise ValueError(
-                "the pair has seen no batch: pass PairModule(..., example=batch), or train it first"
-            )
+            raise ValueError("the pair has seen no batch: pass PairModule(..., example=batch), or train it first")
         return self.pair(*args, **kwargs)
 
     def _build(self, example: Batch, data_size: int | None) -> None:
@@ -191,15 +189,9 @@ class PairModule(_base() or _Missing):  # type: ignore[misc]
         }
         source = getattr(getattr(self.trainer, loops[stage]), "_data_source", None)
         if source is None:
-            raise ValueError(
-                "this version of Lightning does not show its data: pass PairModule(..., example=batch)"
-            )
+            raise ValueError("this version of Lightning does not show its data: pass PairModule(..., example=batch)")
         loader = source.dataloader()
-        if (
-            isinstance(loader, (list, tuple))
-            and loader
-            and all(isinstance(part, Iterable) for part in loader)
-        ):
+        if isinstance(loader, (list, tuple)) and loader and all(isinstance(part, Iterable) for part in loader):
             loader = loader[0]
         if iter(loader) is loader:
             raise ValueError(
@@ -277,10 +269,8 @@ class PairModule(_base() or _Missing):  # type: ignore[misc]
         assert self.pair is not None
         loaders = self.trainer.val_dataloaders if which == "validation" else self.trainer.test_dataloaders
         # The Trainer evaluates in inference mode, where no graph of dependencies can be recorded.
-        with (
-            torch.inference_mode(False),
-            evaluating(self.pair, seed=self.global_rank if index == 0 else None),
-        ):
+        seed = None if index else self.global_rank
+        with torch.inference_mode(False), evaluating(self.pair, seed=seed):
             args, kwargs = _usable(as_batch(batch))
             if index:
                 restore_generators(self._noise)

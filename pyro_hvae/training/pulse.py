@@ -117,9 +117,7 @@ class Pulse:
                 self._wake.wait(INTERVAL)
                 self._wake.clear()
         except Exception:
-            self._lose(
-                f"a process of the run has ended, or has not answered for {PATIENCE:g} s: {self._peers()}"
-            )
+            self._lose(f"a process of the run has ended, or has not answered for {PATIENCE:g} s: {self._peers()}")
 
     def _alive(self) -> bool:
         """Exchange one beat; whether there is to be another."""
@@ -139,9 +137,7 @@ class Pulse:
     def _peers(self) -> str:
         """Describe the other processes, and where they are on this machine, whether they are there."""
         others = [(rank, *place) for rank, place in enumerate(self._places) if rank != self.rank]
-        return "; ".join(
-            f"process {rank} ({pid} on {host}){self._condition(rank)}" for rank, host, pid in others
-        )
+        return "; ".join(f"process {rank} ({pid} on {host}){self._condition(rank)}" for rank, host, pid in others)
 
     def _condition(self, rank: int) -> str:
         host, pid = self._places[rank]
