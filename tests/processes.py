@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 FAILED = 70
 """How a process ends after an exception."""
+LIMIT = 180.0
+"""Seconds after which two processes that talk to one another are taken to hang."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pyro_hvae.models", "pyro_hvae.training", "lightning_fabric.strategies"])
@@ -74,8 +77,13 @@ def start_ranks(action, folder=None, count=2, fabric=True):
 def in_two_ranks(action, fabric=True):
     """Run ``action(fabric)`` on two processes that talk by gloo, and see that both end well."""
     ranks = start_ranks(action, fabric=fabric)
+    end = time.monotonic() + LIMIT
     for process in ranks:
-        process.join()
+        process.join(max(end - time.monotonic(), 0.0))
+    late = [process for process in ranks if process.is_alive()]
+    for process in late:
+        process.kill()
+    assert not late, f"{len(late)} of the processes did not end within {LIMIT:g} s"
     assert [process.exitcode for process in ranks] == [0, 0]
 
 

@@ -74,8 +74,9 @@ class PairModule(_base() or _Missing):  # type: ignore[misc]
         example: one batch, for programs that make their parameters at the first call (AutoGuides).  Without it the
             first batch of the Trainer's data is taken; ``load_from_checkpoint`` needs it.
         data_size: N, passed to a model that takes it; by default the size of the Trainer's data set.
-        optimizer: a function from parameters to a torch optimiser, or to what Lightning's ``configure_optimizers``
-            may return (``{"optimizer": ..., "lr_scheduler": ...}``); one fused Adam with rate 1e-3 by default.
+        optimizer: a function from parameters to a torch optimiser, or to a mapping for Lightning's
+            ``configure_optimizers`` (``{"optimizer": ..., "lr_scheduler": ...}``); one fused Adam with rate 1e-3 by
+            default.
 
     Attributes:
         model, guide: the programs.
@@ -193,12 +194,14 @@ class PairModule(_base() or _Missing):  # type: ignore[misc]
         loader = source.dataloader()
         if isinstance(loader, (list, tuple)) and loader and all(isinstance(part, Iterable) for part in loader):
             loader = loader[0]
-        if iter(loader) is loader:
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws when it is asked for an iterator
+            feed = IterableFeed(loader)
+        if feed.once:
             raise ValueError(
                 "the data is a one-shot iterator, and its first batch would be lost: pass an object that can be "
                 "iterated again, such as a DataLoader"
             )
-        return IterableFeed(loader)
+        return feed
 
     def configure_optimizers(self) -> Any:
         """Return one optimiser of every parameter of the pair, and its schedule if there is one."""
