@@ -214,8 +214,6 @@ PROCESSES = [
     ("training/lightning.py", "require_scale(self.pair, example, feed, size)", "pass", LIGHTNING),
     ("training/lightning.py", "size = feed.data_size if self._data_size is None else self._data_size",
      "size = self._data_size", LIGHTNING),
-    ("training/lightning.py", "check_data(self.pair, example, feed, None)", "pass", LIGHTNING),
-    ("training/lightning.py", "with torch.inference_mode(False), evaluating", "with evaluating", LIGHTNING),
     ("training/pulse.py", "int(signals.max())", "int(signals[self.rank])", LOST),
     ("training/pulse.py", "self._state = WORKING if self.lost else DONE if error is None else FAILED", "pass", LOST),
     ("training/rescue.py", "generators=[]", "generators=None", LOST),

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_hvae.bounds.base import Objective
 from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.training.arguments import arguments_differ, check_batch, check_bound, dtypes_differ
-from pyro_hvae.training.batches import check_data, require_scale
+from pyro_hvae.training.batches import require_scale
 from pyro_hvae.training.checkpoint import generators, restore_generators
 from pyro_hvae.training.distributed import seed_rank
 from pyro_hvae.training.evaluate import evaluate_batch, evaluating
@@ -163,7 +163,7 @@ class PairModule(_base() or _Missing):  # type: ignore[misc]
     # -- Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Build the pair where no example was given; check the scale of the batches, and the first one's values."""
+        """Build the pair where no example was given; check the scale of the batches."""
         if getattr(self, "_compiler_ctx", None) is not None:
             raise ValueError(
                 "torch.compile(module) can't trace Pyro's handlers: pass the module itself to the Trainer, or use "
@@ -178,7 +178,6 @@ class PairModule(_base() or _Missing):  # type: ignore[misc]
         if stage == "fit":
             assert self.pair is not None
             require_scale(self.pair, example, feed, size)
-            check_data(self.pair, example, feed, None)
 
     def _feed(self, stage: str) -> Feed:
         """Return the Trainer's data, before it adds samplers; it has not asked for them yet."""

@@ -13,6 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pyro_hvae.bounds import IWELBO, Regularised, TraceELBO, warm_up
 from pyro_hvae.data import Batches
+from pyro_hvae.evidence import AnnealedBound
 from pyro_hvae.models import hvae
 from pyro_hvae.training import NonFiniteError, PairModule, fit
 from tests.processes import in_two_ranks
@@ -292,3 +293,11 @@ def test_two_ranks_make_the_steps_of_one_and_of_fit(tmp_path):
             assert torch.equal(a, b)
             torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-9)
     assert not torch.equal(noise, other_noise)
+
+
+def test_objectives_that_need_gradients_are_evaluated_in_the_trainers_inference_mode():
+    model, guide, x = pair()
+    module = PairModule(model, guide, AnnealedBound(num_temperatures=2), optimizer=adam)
+    trainer = lightning.Trainer(max_epochs=1, **QUIET)
+    trainer.fit(module, DataLoader(x, batch_size=20), DataLoader(x, batch_size=20))
+    assert torch.isfinite(trainer.callback_metrics["validation_loss"])
