@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +31,7 @@ INTERVAL = 0.5
 PATIENCE = 15.0
 """Seconds after which a process that does not answer is taken for lost; it answers while it computes or writes."""
 GRACE = 10.0
-"""Seconds that a process may wait for a lost one in a collective, before it is ended itself."""
+"""Seconds that a process may wait for a lost one in a collective, besides two steps, before it is ended itself."""
 
 WORKING, DONE, FAILED = 0, 1, 2
 
@@ -57,7 +58,7 @@ class Pulse:
         dist.all_gather_object(places, (socket.gethostname(), os.getpid()), group=self._group)
         self._places = places
         self._state, self._received, self._signal = WORKING, 0, 0
-        self._begun = 0
+        self._begun, self._time, self._longest = 0, time.monotonic(), 0.0
         self._last: int | None = None
         self._gate = threading.Lock()
         self._wake, self._left, self._known = threading.Event(), threading.Event(), threading.Event()
@@ -78,11 +79,14 @@ class Pulse:
         """
         with self._gate:
             if self.lost is not None:
+                self._left.set()
                 raise LostProcessError(self.lost)
             if self._last is not None and self._begun >= self._last:
                 return self._signal
             self._received = received or 0
             self._begun += 1
+            now = time.monotonic()
+            self._longest, self._time = max(self._longest, now - self._time), now
             return None
 
     def leave(self, error: BaseException | None) -> None:
@@ -98,6 +102,7 @@ class Pulse:
             return str(error)
         if not isinstance(error, RuntimeError) or not _of_collective(error):
             return None
+        self._left.set()
         self._wake.set()
         self._known.wait(PATIENCE)
         return self.lost or "another process of the run does not take part any more"
@@ -154,12 +159,13 @@ class Pulse:
         for pid in stopped:  # it goes on, learns that it is given up, and ends in its own way
             with suppress(OSError):
                 os.kill(pid, signal.SIGCONT)
-        if self._left.wait(GRACE):
+        grace = GRACE + 2 * self._longest  # it may be computing
+        if self._left.wait(grace):
             return
         for pid in stopped:  # its sockets are closed, so that nobody waits for it
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        if self._left.wait(GRACE):
+        if self._left.wait(grace):
             return
         print(f"{what}. This process waits for it in a collective, and ends", file=sys.stderr, flush=True)
         os._exit(1)
@@ -176,6 +182,8 @@ def _process_state(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
+        if os.name != "posix":  # there, os.kill ends a process
+            return "?"
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
