@@ -72,7 +72,8 @@ class PairModule(_base() or _Missing):  # type: ignore[misc]
             arguments) or a mapping (keyword arguments).
         objective: a bound or objective of this library, or an ELBO of Pyro with a ``differentiable_loss``.
         example: one batch, for programs that make their parameters at the first call (AutoGuides).  Without it the
-            first batch of the Trainer's data is taken; ``load_from_checkpoint`` needs it.
+            first batch of the Trainer's data is taken; ``load_from_checkpoint`` needs it, and so do such programs
+            under a launcher that spawns processes (``ddp_spawn``).
         data_size: N, passed to a model that takes it; by default the size of the Trainer's data set.
         optimizer: a function from parameters to a torch optimiser, or to a mapping for Lightning's
             ``configure_optimizers`` (``{"optimizer": ..., "lr_scheduler": ...}``); one fused Adam with rate 1e-3 by
