@@ -107,6 +107,7 @@ class _Rank:
         strategy = DDPStrategy(process_group_backend="gloo")
         fabric = lightning_fabric.Fabric(accelerator="cpu", devices=self.count, strategy=strategy)
         fabric.launch()
+        fabric.barrier()  # a process that ends while another still connects would fail it
         self.action(fabric)
 
 
