@@ -1,5 +1,6 @@
 """Fixtures for every test and every doctest: each starts from the same clean state and leaves none behind."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: no test may want a screen
@@ -7,6 +8,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: no 
 import pyro
 import pytest
 import torch
+
+# The example of PairModule runs Lightning's Trainer.
+collect_ignore = [] if importlib.util.find_spec("lightning") else ["pyro_hvae/training/lightning.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Lines of `problem` and of the objectives, each with a broken form and the tests that must see it.
+"""Lines of `problem`, of the objectives and of training by processes, each with a broken form and the tests that must see it.
 
 Entries are ``(file in the package, line, broken line, tests)``; :mod:`tests.mutants` runs them.
 """
@@ -203,4 +203,22 @@ OBJECTIVES = [
     ("bounds/upper.py", "    with frozen(self._of_model(problem)):", "    if True:", f"{B}/test_upper.py"),
     ("bounds/upper.py", "list(param_sites(problem.run().model_trace).values())",
      "list(param_sites(problem.look()[0]).values())", f"{B}/test_upper.py"),
+]  # fmt: skip
+
+LIGHTNING, LOST = "tests/training/test_lightning.py", "tests/training/test_lost_processes.py"
+
+PROCESSES = [
+    ("training/lightning.py", "            self.pair.advance()", "            pass", LIGHTNING),
+    ("training/lightning.py", "restore_generators(self._restored[\"generators\"])", "pass", LIGHTNING),
+    ("training/lightning.py", "restore_generators(self._noise)", "pass", LIGHTNING),
+    ("training/lightning.py", "seed_rank(torch.initial_seed(), self.global_rank, self._step_restored())", "pass", LIGHTNING),
+    ("training/lightning.py", "require_scale(self.pair, example, feed, size)", "pass", LIGHTNING),
+    ("training/lightning.py", "size = feed.data_size if self._data_size is None else self._data_size",
+     "size = self._data_size", LIGHTNING),
+    ("training/pulse.py", "int(signals.max())", "int(signals[self.rank])", LOST),
+    ("training/pulse.py", "self._state = WORKING if self.lost else DONE if error is None else FAILED", "pass", LOST),
+    ("training/rescue.py", "generators=[]", "generators=None", LOST),
+    ("training/rescue.py", "run.number if run.ranks.first else checkpoint.read_config(run.run_dir).get(\"run\")",
+     "run.number", LOST),
+    ("training/distributed.py", "return None if self._pulse is None else self._pulse.reason(error)", "return None", LOST),
 ]  # fmt: skip

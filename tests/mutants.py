@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.broken_lines import OBJECTIVES, PROBLEM
+from tests.broken_lines import OBJECTIVES, PROBLEM, PROCESSES
 
 IGNORED = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # plugins that are imported before the tests
 ROOT = Path(__file__).parent.parent
@@ -240,7 +240,7 @@ def _first_failure(copy: Path, tests: str) -> str:
 
 def main() -> None:
     words = sys.argv[1:]
-    listed = [*MUTANTS, *PROBLEM, *OBJECTIVES]
+    listed = [*MUTANTS, *PROBLEM, *OBJECTIVES, *PROCESSES]
     chosen = [m for m in listed if not words or any(word in m[0] or word in m[1] for word in words)]
     alive = []
     sys.dont_write_bytecode = True  # a broken file may have the size and the time of the sound one

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pyro_hvae.bounds import TraceELBO
 from pyro_hvae.cli import main
 from pyro_hvae.cli.specs import Redrawn, absolute, load_data, load_object, make, make_pair
 from pyro_hvae.training import load
@@ -317,6 +318,30 @@ def test_tables(folder, capsys):
     for name, message in (("words.csv", "columns ['c'] hold no numbers"), ("gaps.csv", "columns ['b'] are missing")):
         with pytest.raises(ValueError, match=re.escape(message)):
             load_data(name)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_with_words_and_missing_entries_from_fit_to_diagnose(folder, capsys, suffix):
+    pandas = pytest.importorskip("pandas")
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    draws = torch.randn(60, generator=torch.Generator().manual_seed(0)).tolist()
+    frame = pandas.DataFrame({"age": [None, *draws[1:]], "kind": ["u", "v", None, "v"] * 15})
+    getattr(frame, f"to_{suffix}")(f"all.{suffix}", index=False)
+    getattr(frame[:20], f"to_{suffix}")(f"some.{suffix}", index=False)
+    fit = ["fit", "run", f"all.{suffix}", "--pair", "table_vae", "--pair_args.latent_dim", "2", "--steps", "3"]
+    assert main([*fit, "--held_out", f"some.{suffix}", "--progress", "false"]) == 0
+    assert main(["evaluate", "run", "--num_particles", "8"]) == 0
+    assert json.loads(Path("run/evaluation.json").read_text())["num_data"] == 20
+    assert main(["diagnose", "run", "--data", f"some.{suffix}", "--num_draws", "100", "--max_data", "5"]) == 0
+    Path(f"all.{suffix}").unlink()
+    model, guide = load("run")  # the run directory has the columns
+    assert model.schema.names == ["age", "kind"]
+    with torch.no_grad():
+        assert TraceELBO().per_datum(model, guide, frame[:7]).shape == (7,)
+    capsys.readouterr()
+    assert main(["fit", "other", "x.npy", "--pair", "table_vae", "--steps", "1"]) == 2
+    assert "name a file .csv or .parquet" in capsys.readouterr().err
 
 
 def test_samples_of_a_model_with_a_context_have_contexts_of_the_data(folder, capsys):

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LONG = {"distributed", "hierarchies", "semi_supervised", "conditional", "vdm_digits", "diagnose", "masked_text"}
+LONG = {
+    "distributed",
+    "hierarchies",
+    "lightning_trainer",
+    "semi_supervised",
+    "conditional",
+    "vdm_digits",
+    "diagnose",
+    "masked_text",
+}
 SCRIPTS = [
     pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [], id=path.stem)
     for path in sorted(EXAMPLES.glob("*.py"))
@@ -18,6 +27,8 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_runs_in_its_short_mode(script, tmp_path):
+    if script.stem == "lightning_trainer":
+        pytest.importorskip("lightning")
     # another folder than the repository's, so that nothing is found by chance and nothing is left behind
     out = tmp_path / "runs"
     run = subprocess.run(

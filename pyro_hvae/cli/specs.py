@@ -18,13 +18,15 @@ from torch import Tensor
 
 from pyro_hvae import models
 from pyro_hvae.amortized import amortize
-from pyro_hvae.cli.words import FILES, is_code, suggest
-from pyro_hvae.data import binarize, digits, idx_folder
+from pyro_hvae.cli.words import FILES, TABLES, is_code, suggest
+from pyro_hvae.data import binarize, digits, idx_folder, table
+from pyro_hvae.problem.reading import read_data
 from pyro_hvae.training.feed import as_batch
 from pyro_hvae.training.trust import UntrustedError
 
 __all__ = [
     "Redrawn", "absolute", "full_name", "load_data", "load_object", "make", "make_pair", "place_of", "thresholded",
+    "with_frame",
 ]  # fmt: skip
 
 Spec = str | dict[str, Any]
@@ -154,14 +156,34 @@ def full_name(pair: str) -> str:
     return f"pyro_hvae.models.{pair}"
 
 
-def load_data(spec: str, *, source: Any = None) -> tuple[Any, Any]:
+def with_frame(pair: str | None, pair_args: dict[str, Any] | None, data: str) -> dict[str, Any] | None:
+    """Return the arguments of a pair of tables, with the columns of a data file; those of other pairs unchanged.
+
+    The columns are recorded (names, families, means, labels), so that a run directory needs no data to be loaded.
+
+    Args:
+        pair: full name of the function.
+        pair_args: its arguments.
+        data: as in :func:`load_data`.
+    """
+    if pair != "pyro_hvae.models.table_vae" or "frame" in (pair_args or {}):
+        return pair_args
+    if Path(data).suffix not in TABLES:
+        raise ValueError(f"table_vae is made of the columns of a table, and the data are {data!r}: name a file "
+                         f"{' or '.join(TABLES)}.")  # fmt: skip
+    return {"frame": table(_read(data, _frame)).schema.record(), **(pair_args or {})}
+
+
+def load_data(spec: str, *, source: Any = None, model: Any = None) -> tuple[Any, Any]:
     """Load data by name.
 
     Args:
         spec: ``digits``; ``idx:FOLDER`` in MNIST's format; a file ``.npy`` (one array), ``.npz`` (arrays by the names
             of the programs' arguments), ``.pt`` (tensor, tuple or dict), ``.csv`` or ``.parquet`` (a table of numbers,
-            one row a datum); or the path of an object or function in Python, ``file.py:name``.
+            one row a datum; any columns for a model that reads tables); or the path of an object or function in Python,
+            ``file.py:name``.
         source: the file that names it, which is not trusted; Python is refused then.
+        model: the model that gets the data.
 
     Returns:
         Data to train on and data held out, or ``None``. Each is a tensor, a tuple (positional arguments) or a
@@ -186,17 +208,10 @@ def load_data(spec: str, *, source: Any = None) -> tuple[Any, Any]:
         split = idx_folder(spec.removeprefix("idx:"))
         return split.train, split.test
     suffix = Path(spec).suffix
+    if suffix in TABLES and getattr(model, "schema", None) is not None:
+        return _tensors(read_data(model, _read(spec, _frame))), None
     if suffix in FILES:
-        if not Path(spec).is_file():
-            raise FileNotFoundError(f"no file {spec!r} to read data from.")
-        try:
-            return _tensors(_READERS[suffix](spec)), None
-        except ImportError as error:
-            raise ImportError(f"reading {spec} needs another package: {error}.") from error
-        except Exception as error:  # each reader raises errors of its own
-            raise ValueError(
-                f"{spec} is damaged, or no {suffix} file of arrays ({type(error).__name__}: {error})."
-            ) from error
+        return _tensors(_read(spec, _READERS[suffix])), None
     if ":" in spec or "." in spec:
         data = load_object(spec)
         return _tensors(data() if callable(data) else data), None
@@ -240,17 +255,41 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _table(path: str) -> np.ndarray:
-    """Read a table of numbers, (N, columns); True and False are 1 and 0."""
+def _read(path: str, reader: Callable[[str], Any]) -> Any:
+    """Read a data file, with one kind of error for all that is wrong with its content."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path!r} to read data from.")
+    try:
+        return reader(path)
+    except ImportError as error:
+        extra = ": pip install 'pyro-hvae[parquet]'" if path.endswith(".parquet") else ""
+        raise ImportError(f"reading {path} needs another package{extra} ({error}).") from error
+    except Exception as error:  # each reader raises errors of its own
+        raise ValueError(
+            f"{path} is damaged, or no {Path(path).suffix} file of arrays ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _frame(path: str) -> Any:
     import pandas
 
-    frame = pandas.read_csv(path) if path.endswith(".csv") else pandas.read_parquet(path)
+    return pandas.read_csv(path) if path.endswith(".csv") else pandas.read_parquet(path)
+
+
+def _table(path: str) -> np.ndarray:
+    """Read a table of numbers, (N, columns); True and False are 1 and 0."""
+    frame = _frame(path)
     words = [str(name) for name in frame.columns if frame[name].dtype.kind not in "fiub"]
     if words:
-        raise ValueError(f"the columns {words} hold no numbers: code them as numbers first")
+        raise ValueError(
+            f"the columns {words} hold no numbers: code them as numbers first, or train --pair table_vae, which "
+            "takes them as they are"
+        )
     if frame.isna().to_numpy().any():
         missing = [str(name) for name in frame.columns if frame[name].isna().any()]
-        raise ValueError(f"entries of the columns {missing} are missing: fill them or drop their rows")
+        raise ValueError(
+            f"entries of the columns {missing} are missing: fill them, drop their rows, or train --pair table_vae"
+        )
     return frame.to_numpy(dtype=np.float64)
 
 

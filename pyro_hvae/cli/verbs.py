@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_hvae.bounds import IWELBO, LayerwiseELBO
 from pyro_hvae.bounds.base import Objective
-from pyro_hvae.cli.specs import Redrawn, absolute, full_name, load_data, make_pair, thresholded
+from pyro_hvae.cli.specs import Redrawn, absolute, full_name, load_data, make_pair, thresholded, with_frame
 from pyro_hvae.diagnostics import diagnose as examine
 from pyro_hvae.diagnostics import to_datatree
 from pyro_hvae.problem import Problem
@@ -80,10 +80,10 @@ def fit(
 
     Args:
         run_dir: folder of the run.
-        data: digits, idx:FOLDER (MNIST's format), a file .npy, .npz, .pt, .csv or .parquet (numbers, a row a datum), or
-            an object or function as file.py:name.
-        pair: vae, hvae, ladder_vae, or a function that returns (model, guide), as package.module.function or
-            file.py:function.
+        data: digits, idx:FOLDER (MNIST's format), a file .npy, .npz, .pt, .csv or .parquet (numbers, a row a datum;
+            for pair table_vae any columns, with words and missing entries), or an object or function as file.py:name.
+        pair: vae, hvae, ladder_vae, table_vae (of the columns of the data file), or a function that returns
+            (model, guide), as package.module.function or file.py:function.
         pair_args: its arguments.
         model: the model alone, as file.py:name or class_path with init_args; with guide, instead of pair.
         guide: the guide, likewise; $model stands for the model. amortize makes one from the model and the data.
@@ -109,12 +109,13 @@ def fit(
     """
     torch.manual_seed(seed)
     pair = None if pair is None else full_name(pair)
+    pair_args = with_frame(pair, pair_args, data)
     spec = {"pair": pair, "pair_args": pair_args, "model": model, "guide": guide}
     recipe: dict[str, Any] = {key: absolute(value) for key, value in spec.items() if value is not None}
     if guide == "amortize":
         recipe["example"] = absolute(data)
     programs = make_pair(**recipe)
-    training_data, validation = _load_split(data, held_out, binarize)
+    training_data, validation = _load_split(data, held_out, binarize, model=programs[0])
     bar = progress and sys.stderr.isatty()
     log = [ConsoleLog()] if progress and not bar else []
     command = {"data": absolute(data), "held_out": absolute(held_out), "binarize": binarize}
@@ -187,7 +188,7 @@ def evaluate(
     """
     (path,) = _outputs(force, Path(run_dir) / "evaluation.json")
     model, guide = _load_pair(run_dir, **selection)
-    args, kwargs, which_data = _recorded(run_dir, data, selection.get("trust", False))
+    args, kwargs, which_data = _recorded(run_dir, data, selection.get("trust", False), model)
     problem = Problem(model, guide)(*args, **kwargs)
     weighted = IWELBO(num_particles, chunk_size=chunk_size).terms(problem)
     terms = LayerwiseELBO(num_particles=min(num_particles, chunk_size)).terms(problem)
@@ -242,7 +243,7 @@ def sample(
     if accepts(model, "size"):
         program, kwargs = model, _sizes(model, run_dir, size, trust)
     else:
-        args, kwargs, _ = _recorded(run_dir, None, trust)
+        args, kwargs, _ = _recorded(run_dir, None, trust, model)
         program = poutine.uncondition(model)
     with torch.no_grad():
         trace = poutine.trace(program).get_trace(*args, **kwargs)
@@ -280,7 +281,7 @@ def diagnose(
         raise ValueError(f"num_draws and max_data must be at least 1, got {num_draws} and {max_data}.")
     path, written = _outputs(force, Path(run_dir) / "posterior.nc", Path(run_dir) / "report.json")
     model, guide = _load_pair(run_dir, **selection)
-    args, kwargs, which_data = _recorded(run_dir, data, selection.get("trust", False))
+    args, kwargs, which_data = _recorded(run_dir, data, selection.get("trust", False), model)
     first = partial(_rows, count=max_data, total=_size(args, kwargs))
     args, kwargs = tuple(first(value) for value in args), {name: first(value) for name, value in kwargs.items()}
     tree = to_datatree(model, guide, *args, num_draws=num_draws, **kwargs)
@@ -308,7 +309,7 @@ def _sizes(model: Any, run_dir: str, size: int, trust: bool) -> dict[str, Any]:
     if not accepts(model, "context") or not (Path(run_dir) / _COMMAND).exists():
         return {"size": size}
     try:
-        args, kwargs, _ = _recorded(run_dir, None, trust)
+        args, kwargs, _ = _recorded(run_dir, None, trust, model)
     except UntrustedError:
         return {"size": size}
     forward = model.forward if isinstance(model, torch.nn.Module) else model
@@ -335,21 +336,21 @@ def _load_pair(
 
 
 def _load_split(
-    data: str, held_out: str | None, binarize: float | str | None, source: Any = None
+    data: str, held_out: str | None, binarize: float | str | None, source: Any = None, model: Any = None
 ) -> tuple[Any, Any]:
     """Load training data and held-out data, binarised by a threshold if there is one."""
     if isinstance(binarize, str) and binarize != "random":
         raise ValueError(f"binarize is a threshold in [0, 1], or random; got {binarize!r}.")
-    split = load_data(data, source=source)
+    split = load_data(data, source=source, model=model)
     if held_out is not None:
-        split = split[0], load_data(held_out, source=source)[0]
+        split = split[0], load_data(held_out, source=source, model=model)[0]
     if binarize is None or binarize == "random":
         return split
     first, second = (None if part is None else thresholded(part, float(binarize)) for part in split)
     return first, second
 
 
-def _recorded(run_dir: str, data: str | None, trust: bool) -> tuple[tuple, dict[str, Any], str]:
+def _recorded(run_dir: str, data: str | None, trust: bool, model: Any) -> tuple[tuple, dict[str, Any], str]:
     """Load the arguments of the programs, from ``data`` or the data of the run; return them with their name."""
     path = inside(Path(run_dir), Path(run_dir) / _COMMAND)
     try:
@@ -363,7 +364,7 @@ def _recorded(run_dir: str, data: str | None, trust: bool) -> tuple[tuple, dict[
     name = command["data"] if data is None else data
     held_out = command.get("held_out") if data is None else None
     source = path if data is None and not trust else None
-    training_data, validation = _load_split(name, held_out, command.get("binarize"), source)
+    training_data, validation = _load_split(name, held_out, command.get("binarize"), source, model)
     label = f"{name}, held out" if validation is not None else name
     args, kwargs = as_batch(training_data if validation is None else validation)
     if command.get("binarize") == "random":
@@ -382,4 +383,3 @@ def _rows(value: Any, *, count: int, total: int) -> Any:
 def _mean(values: Tensor) -> tuple[float, float]:
     """Return the mean and its standard error over the data; the error is 0 for one value."""
     return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
-

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyro_hvae.training.trust import UntrustedError, check_trusted
 
-__all__ = ["FILES", "check_config", "flags_of", "is_code", "prepare", "suggest"]
+__all__ = ["FILES", "TABLES", "check_config", "flags_of", "is_code", "prepare", "suggest"]
 
 
 def suggest(word: str, names: Iterable[str]) -> str:
@@ -130,6 +130,9 @@ def _without_short_names(value: Any) -> Any:
 
 FILES = (".npy", ".npz", ".pt", ".csv", ".parquet")
 """Suffixes of data files; none of them is executed."""
+
+TABLES = (".csv", ".parquet")
+"""Suffixes of those that hold a table."""
 
 
 def is_code(data: str) -> bool:

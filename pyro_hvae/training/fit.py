@@ -169,7 +169,8 @@ def fit(
 
     Returns:
         A :class:`Result`; the programs are changed in place, and left in training mode.  SIGINT ends training after
-        the present step, saves, and returns; SIGTERM saves and raises ``SystemExit``.
+        the present step, saves, and returns; SIGTERM saves and raises ``SystemExit``.  A signal to one of several
+        processes ends all of them after the same step.
 
     Raises:
         ValueError: for arguments or programs that do not fit each other; for batches that are smaller than the data
@@ -177,6 +178,8 @@ def fit(
             take.
         FileExistsError: if ``run_dir`` holds a run and ``resume`` is False.
         RuntimeError: if another run is training in ``run_dir``.
+        LostProcessError: if another process of the run has failed, has ended, or does not answer; the last step is
+            saved.
         CheckpointError: if no checkpoint to resume from is whole, or it is of another architecture, or the run was
             started with other settings; nothing is changed then.
         NonFiniteError: when the loss becomes NaN or infinite: with step and sites; the parameters are restored to
@@ -214,7 +217,7 @@ def fit(
     if tensorboard and directory is None:
         raise ValueError("tensorboard=True writes under run_dir: pass run_dir")
     settings: dict[str, Any] = {"bound": describe(bound)}  # its first use may set attributes
-    with RunDirectory(directory, resume, ranks) as place:
+    with ranks, RunDirectory(directory, resume, ranks) as place:
         if seed is None:
             seed = _seed(place)
         data, validation = read_data(model, data), read_data(model, validation)
@@ -223,7 +226,7 @@ def fit(
         if restore_best and rest is None:
             raise ValueError("restore_best=True takes the weights of the best validation: pass validation=")
         batches = whole if ranks.world_size == 1 else whole.shard(ranks.rank, ranks.world_size)
-        move_programs(device, model, guide)
+        move_programs(ranks.device(device), model, guide)
         change = Move(_transform(transform), model, guide)
         unchanged = transform is None
 

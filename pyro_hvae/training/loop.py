@@ -32,6 +32,7 @@ from pyro_hvae.training.feed import Batch, rows_of
 from pyro_hvae.training.nonfinite import NonFiniteError, Snapshot, optimizer_tensors, replay
 from pyro_hvae.training.objective import PairObjective
 from pyro_hvae.training.plan import Data, Records, Steps
+from pyro_hvae.training.rescue import rescued
 from pyro_hvae.training.resume import restore_run, state_of
 from pyro_hvae.training.signals import Signals
 
@@ -50,6 +51,7 @@ class Run:
         history: the records.
         run_dir: folder of the run, or None.
         stopped: the reason of an early end, or None.
+        interrupted: the signal that ended the run, on all processes, or None.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Run:
         self._limits: tuple[int | None, int | None] = (None, None)
         self.since_record = self.rows = self.terms_due = 0
         self.signals = Signals()
+        self.interrupted: int | None = None
         self._validated = False
         self.saved = -1
         self._snapshot = Snapshot()
@@ -112,17 +115,17 @@ class Run:
         self._limits = steps, epochs
         self._call("on_start")
         try:
-            with self.signals:
+            with self.signals, rescued(self):
                 if self.pending is not None:
                     checkpoint.restore_generators(self.pending)
                 self._take_snapshot()
                 while not self._done(steps, epochs):
                     self._epoch(steps)
                 self._check()
-                if self.since_record and self.signals.received is None:
+                if self.since_record and self.interrupted is None:
                     self._record(final=True)
                     self.saved = -1  # a checkpoint of this step lacks the record
-                if self.validation is not None and math.isinf(self.best) and self.signals.received is None:
+                if self.validation is not None and math.isinf(self.best) and self.interrupted is None:
                     self._validate()
                     self.saved = -1
                 if self.run_dir is not None and self.saved != self.step:
@@ -132,7 +135,7 @@ class Run:
                 self._call("on_end")
             raise
         self._call("on_end")
-        if self.signals.received == signal.SIGTERM:
+        if signal.SIGTERM in (self.signals.received, self.interrupted):
             raise SystemExit(128 + signal.SIGTERM)
 
     def _done(self, steps: int | None, epochs: int | None) -> bool:
@@ -154,7 +157,13 @@ class Run:
             checkpoint.restore_generators(self.pending)
             self.pending = None
         used = self.batch
-        while group := list(itertools.islice(batches, self.accumulate)):
+        while True:
+            self.interrupted = self.ranks.interrupted(self.signals.received)
+            if self.interrupted is not None:
+                return self.stop(signal.Signals(self.interrupted).name)
+            group = list(itertools.islice(batches, self.accumulate))
+            if not group:
+                break
             self._one(group)
             used += len(group)
             if (steps is not None and self.step >= steps) or self.stopped is not None:
@@ -192,9 +201,7 @@ class Run:
             self._record(batch=group[-1])
         if self.validate_every is not None and self.validation is not None and self.step % self.validate_every == 0:
             self._validate()
-        if self.signals.received is not None:
-            self.stop(signal.Signals(self.signals.received).name)
-        elif self._save_due() and not self._last_step():  # the last step is saved with the last record
+        if self._save_due() and not self._last_step():  # the last step is saved with the last record
             self.save()
         self._last = group[-1]
 

@@ -24,8 +24,14 @@ PROGRESS = frozenset(("last_epoch", "_step_count", "_last_lr", "best", "num_bad_
 """Entries of a scheduler's state that say how far it is."""
 
 
-def state_of(run: Run) -> dict[str, Any]:
-    """Return the state of a run besides the weights; on several processes each must call this."""
+def state_of(run: Run, generators: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Return the state of a run besides the weights; on several processes each must call this.
+
+    Args:
+        generators: of each process; None collects them.
+    """
+    if generators is None:
+        generators = run.ranks.gather_generators(checkpoint.generators())
     return {
         "step": run.step,
         "epoch": run.epoch,
@@ -38,7 +44,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "terms_due": run.terms_due,
         "records": len(run.history),
         "best": run.best,
-        "stopped": None if run.signals.received is not None else run.stopped,
+        "stopped": None if run.interrupted is not None else run.stopped,
         "optimizer_class": type(run.optimizer).__name__,
         "parameters": _parameters(run),
         "optimizer": run.optimizer.state_dict(),
@@ -46,7 +52,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "schedule": None if run.schedule is None else run.schedule.state_dict(),
         "ema": None if run.averages is None else run.averages.state_dict(),
         "callbacks": [[type(c).__name__, c.state_dict()] for c in run.callbacks if hasattr(c, "state_dict")],
-        "generators": run.ranks.gather_generators(checkpoint.generators()),
+        "generators": generators,
     }
 
 

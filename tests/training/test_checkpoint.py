@@ -7,8 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
-import traceback
 
 import pyro
 import pytest
@@ -18,23 +16,8 @@ from pyro_hvae.bounds import TraceELBO
 from pyro_hvae.models import hvae
 from pyro_hvae.training import CheckpointError, fit, load
 from pyro_hvae.training import checkpoint as files
+from tests.processes import in_a_process
 from tests.training.runs import assert_same_end, end_of, quiet, train
-
-
-def in_a_process(action):
-    """Run in a fork; how it ended, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except SystemExit as error:
-            os._exit(error.code)
-        except BaseException:
-            traceback.print_exc(file=sys.__stderr__)
-            os._exit(70)
-    status = os.waitpid(child, 0)[1]
-    return os.waitstatus_to_exitcode(status)
 
 
 class KillAt:
@@ -116,7 +99,8 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_signals_save_and_leave(tmp_path, number, code):
     train(tmp_path / "whole")
-    assert in_a_process(lambda: train(tmp_path / "stopped", callbacks=[KillAt(18, number)])) == code
+    stopped = functools.partial(train, tmp_path / "stopped", callbacks=[KillAt(18, number)])
+    assert in_a_process(stopped) == code
     assert files.latest(tmp_path / "stopped" / "checkpoints").name == "step-00000018"
     train(tmp_path / "stopped")
     assert_same_end(end_of(tmp_path / "stopped"), end_of(tmp_path / "whole"))
@@ -131,22 +115,24 @@ def test_last_k_and_best_are_kept(tmp_path):
     assert best["step"] == min(losses, key=losses.get)
 
 
+class Starve:
+    def on_step(self, run, loss):
+        if run.step == 10:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
+def starve(run_dir):
+    try:
+        train(run_dir, callbacks=[Starve()])
+    except OSError as error:
+        told = "could not write checkpoint" in str(error) and "step-00000008" in str(error)
+        os._exit(3 if told else 4)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_good(tmp_path):
-    def starve():
-        class Starve:
-            def on_step(self, run, loss):
-                if run.step == 10:
-                    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
-        try:
-            train(tmp_path / "full", callbacks=[Starve()])
-        except OSError as error:
-            told = "could not write checkpoint" in str(error) and "step-00000008" in str(error)
-            os._exit(3 if told else 4)
-
     train(tmp_path / "whole")
-    assert in_a_process(starve) == 3
+    assert in_a_process(functools.partial(starve, tmp_path / "full")) == 3
     directory = tmp_path / "full" / "checkpoints"
     assert sorted(path.name for path in directory.iterdir()) == ["step-00000004", "step-00000008"]
     train(tmp_path / "full")

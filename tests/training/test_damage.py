@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+import time
 import warnings
 
 import pyro
@@ -17,8 +18,9 @@ from pyro_hvae.models import vae, vdm
 from pyro_hvae.nn import DenoisingMLP
 from pyro_hvae.training import CheckpointError, EarlyStopping, History, fit, load
 from pyro_hvae.training import checkpoint as files
+from tests.processes import in_a_process, start
 from tests.training.runs import assert_same_end, end_of, quiet, train
-from tests.training.test_checkpoint import KillAt, in_a_process, kill_and_resume
+from tests.training.test_checkpoint import KillAt, kill_and_resume
 
 adam = functools.partial(torch.optim.Adam, lr=0.01)
 
@@ -294,15 +296,14 @@ def test_what_is_no_setting_may_change(simple_run, tmp_path):
     simple(tmp_path / "run", steps=9, log_every=2, keep=5, checkpoint_every=3, check_every=None, seed=None, data=x)
 
 
-def test_a_run_exists_from_its_first_byte(tmp_path):
-    def stop(run):
-        assert (tmp_path / "config.json").exists()
+class StopAtStart:
+    def on_start(self, run):
+        assert (run.run_dir / "config.json").exists()
         os._exit(5)
 
-    class AtStart:
-        on_start = staticmethod(stop)
 
-    assert in_a_process(lambda: simple(tmp_path, callbacks=[AtStart()])) == 5
+def test_a_run_exists_from_its_first_byte(tmp_path):
+    assert in_a_process(functools.partial(simple, tmp_path, callbacks=[StopAtStart()])) == 5
     with pytest.raises(FileExistsError, match=r"it has no checkpoint yet.*resume=True to start it again"):
         simple(tmp_path, resume=False)
     simple(tmp_path)
@@ -335,7 +336,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
                 thread = threading.Thread(target=second)
                 thread.start()
                 thread.join()
-                assert in_a_process(lambda: simple(tmp_path)) == 70
+                assert in_a_process(functools.partial(simple, tmp_path)) == 70
 
     def second():
         try:
@@ -348,21 +349,21 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
     simple(tmp_path, steps=5)
 
 
-def test_the_lock_names_its_process_and_goes_with_it(tmp_path):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        class Wait:
-            def on_start(self, run):
-                os.write(writer, b"1")
-                os.read(os.pipe()[0], 1)
+class Wait:
+    def on_start(self, run):
+        (run.run_dir / "waiting").touch()
+        time.sleep(600)
 
-        simple(tmp_path, callbacks=[Wait()])
-    os.read(reader, 1)
-    with pytest.raises(RuntimeError, match=f"in use by process {child} on "):
+
+def test_the_lock_names_its_process_and_goes_with_it(tmp_path):
+    child = start(functools.partial(simple, tmp_path, callbacks=[Wait()]))
+    while not (tmp_path / "waiting").exists():
+        assert child.is_alive()
+        time.sleep(0.05)
+    with pytest.raises(RuntimeError, match=f"in use by process {child.pid} on "):
         simple(tmp_path)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
+    child.kill()
+    child.join()
     simple(tmp_path)
 
 

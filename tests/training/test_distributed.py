@@ -13,7 +13,7 @@ from torch import nn
 from pyro_hvae.bounds import TraceELBO
 from pyro_hvae.training import Ranks, fit
 from pyro_hvae.training import checkpoint as files
-from tests.training.test_checkpoint import in_a_process
+from tests.processes import in_two_ranks
 
 pytest.importorskip("lightning_fabric")
 
@@ -55,6 +55,15 @@ class WithoutDataSize(nn.Module):
         return self.program(x)
 
 
+class KeepGradients:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step(self, run, loss):
+        found = {name: p.grad.clone() for name, p in run.objective.named_parameters()}
+        torch.save(found, self.folder / f"{run.ranks.rank}-{run.step}.pt")
+
+
 def run(fabric, run_dir, *, noise=False, steps=6, plain=False, batch_size=8, resume=False, keep_gradients=None):
     torch.manual_seed(4)
     pyro.clear_param_store()
@@ -63,33 +72,16 @@ def run(fabric, run_dir, *, noise=False, steps=6, plain=False, batch_size=8, res
         model, guide = WithoutDataSize(model), WithoutDataSize(guide)
     x = torch.randn(32, 3)
 
-    class Keep:
-        def on_step(self, run, loss):
-            found = {name: p.grad.clone() for name, p in run.objective.named_parameters()}
-            torch.save(found, keep_gradients / f"{Ranks(fabric).rank}-{run.step}.pt")
-
     return fit(
         model, guide, x, bound=TraceELBO(), steps=steps, batch_size=batch_size, fabric=fabric, run_dir=run_dir,
         optimizer=functools.partial(torch.optim.SGD, lr=0.05), seed=3, resume=resume, progress=False, log_every=2,
-        callbacks=[Keep()] if keep_gradients else [], clip_norm=100.0,
+        callbacks=[KeepGradients(keep_gradients)] if keep_gradients else [], clip_norm=100.0,
     )  # fmt: skip
 
 
-def two_ranks(action):
-    """Run ``action(fabric)`` on two processes that talk by gloo."""
-    import warnings
-
-    import lightning_fabric
-    from lightning_fabric.strategies import DDPStrategy
-
-    def launch():
-        warnings.simplefilter("ignore")
-        torch.set_default_dtype(torch.float64)
-        strategy = DDPStrategy(process_group_backend="gloo", start_method="fork")
-        fabric = lightning_fabric.Fabric(accelerator="cpu", devices=2, strategy=strategy)
-        fabric.launch(lambda fabric: (action(fabric), None)[1])  # what is returned would be pickled
-
-    assert in_a_process(launch) == 0
+def in_ranks(run_dir, **options):
+    """The same run on two processes."""
+    in_two_ranks(functools.partial(run, run_dir=run_dir, **options))
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["data_size", "own plates"])
@@ -97,7 +89,7 @@ def test_gradients_are_those_of_the_joined_batch(tmp_path, plain):
     single, double = tmp_path / "single", tmp_path / "double"
     single.mkdir(), double.mkdir()
     run(None, None, plain=plain, keep_gradients=single)
-    two_ranks(lambda fabric: run(fabric, None, plain=plain, keep_gradients=double))
+    in_ranks(None, plain=plain, keep_gradients=double)
     for step in (1, 2, 6):
         expected = torch.load(single / f"0-{step}.pt")
         for rank in (0, 1):
@@ -106,13 +98,14 @@ def test_gradients_are_those_of_the_joined_batch(tmp_path, plain):
                 torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-9)
 
 
-def test_weights_stay_equal_while_the_noise_differs(tmp_path):
-    def action(fabric):
-        result = run(fabric, None, noise=True)
-        weights = [p.detach() for p in (*result.model.parameters(), *result.guide.parameters())]
-        torch.save((weights, torch.randn(4)), tmp_path / f"{fabric.global_rank}.pt")
+def keep_weights_and_noise(folder, fabric):
+    result = run(fabric, None, noise=True)
+    weights = [p.detach() for p in (*result.model.parameters(), *result.guide.parameters())]
+    torch.save((weights, torch.randn(4)), folder / f"{fabric.global_rank}.pt")
 
-    two_ranks(action)
+
+def test_weights_stay_equal_while_the_noise_differs(tmp_path):
+    in_two_ranks(functools.partial(keep_weights_and_noise, tmp_path))
     (first, noise), (second, other_noise) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(noise, other_noise)
@@ -125,7 +118,7 @@ def test_resume_on_another_number_of_ranks(tmp_path, ranks):
         if number == 1:
             run(None, tmp_path / "parts", steps=steps, resume=True)
         else:
-            two_ranks(lambda fabric, steps=steps: run(fabric, tmp_path / "parts", steps=steps, resume=True))
+            in_ranks(tmp_path / "parts", steps=steps, resume=True)
     ends = []
     for name in ("whole", "parts"):
         last = files.latest(tmp_path / name / "checkpoints")
@@ -136,36 +129,38 @@ def test_resume_on_another_number_of_ranks(tmp_path, ranks):
 
 
 def test_two_ranks_resume_bit_for_bit(tmp_path):
-    two_ranks(lambda fabric: run(fabric, tmp_path / "whole", noise=True))
-    two_ranks(lambda fabric: run(fabric, tmp_path / "parts", noise=True, steps=3, resume=True))
-    two_ranks(lambda fabric: run(fabric, tmp_path / "parts", noise=True, resume=True))
+    in_ranks(tmp_path / "whole", noise=True)
+    in_ranks(tmp_path / "parts", noise=True, steps=3, resume=True)
+    in_ranks(tmp_path / "parts", noise=True, resume=True)
     ends = [files.read_weights(files.latest(tmp_path / name / "checkpoints")) for name in ("whole", "parts")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_batches_that_do_not_divide_are_refused(tmp_path):
-    def action(fabric):
-        try:
-            run(fabric, None, batch_size=5)
-        except ValueError as error:
-            if "do not divide among 2 processes" in str(error):
-                (tmp_path / f"{fabric.global_rank}").touch()
+def divide_by_two(folder, fabric):
+    try:
+        run(fabric, None, batch_size=5)
+    except ValueError as error:
+        if "do not divide among 2 processes" in str(error):
+            (folder / f"{fabric.global_rank}").touch()
 
-    two_ranks(action)
+
+def test_batches_that_do_not_divide_are_refused(tmp_path):
+    in_two_ranks(functools.partial(divide_by_two, tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["0", "1"]
 
 
-def test_svi_on_many_processes_is_refused_with_the_reason(tmp_path):
-    def action(fabric):
-        model, guide = Model(), Guide(True)
-        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=TraceELBO())
-        try:
-            svi.step(torch.randn(4, 3))
-        except RuntimeError as error:
-            if "gradients" in str(error) and "fit" in str(error):
-                (tmp_path / f"{fabric.global_rank}").touch()
+def svi(folder, fabric):
+    model, guide = Model(), Guide(True)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=TraceELBO())
+    try:
+        svi.step(torch.randn(4, 3))
+    except RuntimeError as error:
+        if "gradients" in str(error) and "fit" in str(error):
+            (folder / f"{fabric.global_rank}").touch()
 
-    two_ranks(action)
+
+def test_svi_on_many_processes_is_refused_with_the_reason(tmp_path):
+    in_two_ranks(functools.partial(svi, tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["0", "1"]
 
 
