@@ -33,6 +33,8 @@ MUTANTS = [
      "covariance = rest @ covariance @ rest.mT", "tests/chains/test_exact.py"),
     ("chains/exact.py", "(log_p.unsqueeze(1) + moves).logsumexp(0)", "(log_p.unsqueeze(0) + moves).logsumexp(0)",
      "tests/chains/test_exact.py"),
+    ("notebook.py", "return html.escape(str(value))", "return str(value)", "tests/test_notebook.py"),
+    ("training/history.py", "self._records[-_SHOWN:]", "self._records[:_SHOWN]", "tests/test_notebook.py"),
     ("diagnostics/moments.py", "abs(shifts) > most + shift_error", "abs(shifts) > 2.5 * most + shift_error",
      "tests/diagnostics/test_diagnose.py"),
     ("problem/particles.py", 'or type(leaf_distribution(site["fn"])).__name__ == "Delta"', "",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
+
+from pyro_hvae.notebook import html_table
 
 __all__ = ["LEVELS", "Finding", "Report"]
 
@@ -87,16 +88,13 @@ class Report:
         return None if layers is None else layers.to_dataframe().round(3)
 
     def _repr_html_(self) -> str:
-        rows = []
-        for finding in self.findings:
-            cells = [f"<b>{finding.level}</b>", html.escape(finding.what), html.escape(finding.meaning)]
-            advice = html.escape(finding.advice)
-            source = f"<br><small>{html.escape(finding.source)}</small>" if finding.source else ""
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, advice + source]) + "</tr>")
-        head = "<tr><th></th><th>finding</th><th>meaning</th><th>try</th></tr>"
+        header = ("", "finding", "meaning", "try", "reference")
+        page = html_table("Diagnosis", [astuple(finding) for finding in self.findings], header=header)
         table = self.table()
-        below = "" if table is None else table.to_html()
-        return f"<table>{head}{''.join(rows)}</table>{below}"
+        if table is None:
+            return page
+        columns = [table.index.name or "", *table.columns]
+        return page + html_table("Layers", table.astype(object).itertuples(), header=columns)
 
 
 def _plain(value: Any) -> Any:

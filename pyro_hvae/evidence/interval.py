@@ -17,6 +17,7 @@ from pyro_hvae.evidence.bases import drawn_prior
 from pyro_hvae.evidence.importance import log_evidence
 from pyro_hvae.evidence.rounds import Search, Stage
 from pyro_hvae.evidence.sides import DRAWS_ASSUMED, MOMENT_ASSUMED, NONE_ASSUMED
+from pyro_hvae.notebook import html_of_lines
 from pyro_hvae.problem import Problem, of_pair
 from pyro_hvae.weights.confidence import log_inverse
 
@@ -88,6 +89,9 @@ class EvidenceInterval(Interval):
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return html_of_lines("Interval of log p(x)", str(self))
 
 
 @of_pair
