@@ -4,12 +4,15 @@ import html
 import re
 from dataclasses import replace
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_hvae as ph
 from pyro_hvae.conjugate import guide, model
 from pyro_hvae.diagnostics import Finding, Report
+from pyro_hvae.evidence import posterior_gap
 from pyro_hvae.notebook import html_of_lines, html_table
 from pyro_hvae.training import History
 
@@ -88,6 +91,35 @@ def pages_with(text):
     yield replace(interval, notes=(text,), assumptions={text: text})._repr_html_()
     yield html_table(text, {text: text}, header=[text], notes=[text])
     yield html_of_lines(text, f"{text}: {text}\n{text}")
+
+
+def shared(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def of_shared(x):
+    pyro.sample("mean", dist.Normal(x.sum() / (len(x) + 1), 1.1 * (len(x) + 1) ** -0.5))
+
+
+OF_ALL = {
+    "evidence": lambda: ph.log_evidence(shared, of_shared, X, num_samples=200),
+    "bracket": lambda: ph.evidence_sandwich(shared, of_shared, X, num_chains=4, betas=5),
+    "interval": lambda: ph.evidence_interval(shared, of_shared, X, budget=500),
+    "diagnosis": lambda: ph.diagnose(shared, of_shared, X, num_draws=200, error={"budget": 500}),
+    "error": lambda: ph.posterior_error(shared, of_shared, X, num_draws=200, budget=500),
+    "gap": lambda: posterior_gap(shared, of_shared, X, num_samples=100, num_steps=2),
+}
+
+
+@pytest.mark.parametrize("name", OF_ALL)
+def test_a_latent_that_all_data_share_is_not_called_one_datum(name):
+    torch.manual_seed(0)
+    found = OF_ALL[name]()
+    assert not re.search(r"\b1 data\b|mean over", str(found)), str(found)
+    if hasattr(found, "_repr_html_"):
+        assert numbers(found._repr_html_()) == numbers(str(found))
 
 
 def test_texts_of_users_are_escaped():

@@ -51,7 +51,7 @@ def diagnose(
 
     From one set of draws: NaN and infinite densities; k-hat of the weights of all data and of each datum, and their
     effective sample size (the draws once weighted); means and standard deviations against those of the weighted draws
-    (the draws as they are); predictive checks; leave-one-out cross-validation, of global latents; R-hat across chains.
+    (the draws); predictive checks; leave-one-out cross-validation, of global latents; R-hat across chains.
     Programs are run again for the k-hat of each layer, for collapsed layers and, on request, for calibration over
     simulated data and a bracket of the evidence.
 
@@ -79,8 +79,8 @@ def diagnose(
         >>> from pyro_hvae.conjugate import guide, model
         >>> _ = torch.manual_seed(0)
         >>> report = diagnose(model, guide(scale=0.3), torch.randn(50))
-        >>> report.worst, report.findings[0].what.split(":")[0]
-        ('wrong', 'k-hat of each datum')
+        >>> report.worst, report.findings[0].what.split(":")[:2]
+        ('wrong', ['the draws once weighted', ' k-hat of each datum'])
     """
     numbers: Numbers = {}
     if _is_tree(model):
@@ -227,7 +227,7 @@ def _weights(tree: Any, numbers: Numbers, problem: Problem | None) -> list[Findi
         numbers["draws"] = {name: vars(one) for name, one in moments.items()}
         findings += word.draws_findings(moments, len(log_weight))
     elif problem is not None:
-        what = "the draws as they are were not compared with the weighted draws"
+        what = "the draws: not compared with the weighted draws"
         findings.append(Finding("note", what, "there are too many to keep", "fewer data or draws in the call"))
     return findings
 
@@ -291,14 +291,9 @@ def _left_out(tree: Any, numbers: Numbers) -> list[Finding]:
         result = loo(tree)
     above = int((result.pareto_k > result.good_k).sum())
     numbers["loo"] = {"elpd": float(result.elpd), "se": float(result.se), "above": above}
-    return [
-        Finding(
-            "note",
-            f"leave-one-out: elpd {float(result.elpd):.1f} nats, standard error {float(result.se):.1f}; k-hat above "
-            f"{result.good_k:.2f} for {above} of {result.n_data_points} data",
-            "not to be trusted for those data" if above else "what the model predicts of each datum from the others",
-        )
-    ]
+    hats = numbers.get("khat")
+    poor = hats is not None and bool((_khats_of_draws(hats) > hats.attrs["good_k"]).any())
+    return [word.loo_finding(result, above, poor)]
 
 
 def _chains(tree: Any, numbers: Numbers) -> list[Finding]:

@@ -23,6 +23,7 @@ __all__ = [
     "finite_findings",
     "khat_findings",
     "layer_findings",
+    "loo_finding",
     "point_finding",
     "predictive_findings",
     "rhat_findings",
@@ -33,8 +34,11 @@ _UNITS = "Importance Weighted Autoencoders, Burda et al., 2016"
 _RHAT = "Rank-Normalization, Folding, and Localization: An Improved R-hat, Vehtari et al., 2021"
 _SBC = "Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018"
 _PPC = "Posterior Predictive Assessment of Model Fitness via Realized Discrepancies, Gelman et al., 1996"
+_LOO = "Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation, Vehtari et al., 2017"
 _ERROR = "Validated Variational Inference via Practical Posterior Error Bounds, Huggins et al., 2020"
 _RHAT_LIMIT = 1.01
+_WEIGHTED = "the draws once weighted"
+_KHAT_MEANS = "k-hat says how heavy the tail of the weights p/q is: the larger, the fewer draws carry the average"
 _ESS_SHARE = 0.01
 _PPC_LEVEL = 0.01
 
@@ -104,13 +108,13 @@ def _of_each_datum(hats: KHats) -> Finding:
     flagged, total = int((hats.per_datum > hats.good).sum()), hats.per_datum.numel()
     held = f" given {', '.join(hats.conditioned_on)}" if hats.conditioned_on else ""
     median = hats.number(float(hats.per_datum.median()))
-    what = f"k-hat of each datum{held}: {flagged} of {total} above {hats.good:.2f}, median {median}"
+    what = f"{_WEIGHTED}: k-hat of each datum{held}: {flagged} of {total} above {hats.good:.2f}, median {median}"
     if not flagged:
-        return Finding("good", what, "the draws once weighted can be trusted", "", _KHAT)
+        return Finding("good", what, f"averages of weighted draws can be trusted; {_KHAT_MEANS}", "", _KHAT)
     return Finding(
         "wrong" if flagged > total / 10 else "doubtful",
         what,
-        "the guide misses a part of these data's posteriors, and importance weights can't repair it",
+        "the guide misses a part of these data's posteriors, and importance weights can't repair it; " + _KHAT_MEANS,
         "a richer guide (full covariance, a flow, a ladder), more training of the guide alone (WakePhase), or a "
         "refinement for each datum (posterior_gap tells which of the two)",
         _KHAT,
@@ -119,13 +123,13 @@ def _of_each_datum(hats: KHats) -> Finding:
 
 def _of_all(hats: KHats) -> Finding:
     value = float(hats.joint)
-    what = f"k-hat of the whole posterior: {hats.number(value)} (limit {hats.good:.2f})"
+    what = f"{_WEIGHTED}: k-hat of the whole posterior: {hats.number(value)} (limit {hats.good:.2f})"
     if value <= hats.good:
-        return Finding("good", what, "the draws once weighted can be trusted", "", _KHAT)
+        return Finding("good", what, f"averages of weighted draws can be trusted; {_KHAT_MEANS}", "", _KHAT)
     return Finding(
         "wrong" if value > 1 else "doubtful",
         what,
-        "the guide misses a part of the posterior, and importance weights can't repair it",
+        f"the guide misses a part of the posterior, and importance weights can't repair it; {_KHAT_MEANS}",
         "a guide that knows of the dependencies (AutoMultivariateNormal, a flow), another parameterisation "
         "(non-centred), or MCMC",
         _KHAT,
@@ -169,7 +173,14 @@ def ess_findings(ess: np.ndarray, num_draws: int) -> list[Finding]:
 def draws_findings(moments: Mapping[str, Moments], num_draws: int) -> list[Finding]:
     """Report whether the draws may be used without weights; ``num_draws`` were compared."""
     if not moments:
-        return []
+        return [
+            Finding(
+                "note",
+                "the draws: not compared with the weighted draws, whose k-hat is above its limit",
+                "nothing here vouches for their means and standard deviations",
+                "first what the finding about k-hat says",
+            )
+        ]
     off = {name: one for name, one in moments.items() if one.differs}
     unclear = [one.words(name) for name, one in moments.items() if one.unclear]
     accuracy = f"means within {SHIFT:g} sd and sds within a factor of {RATIO:g} of the weighted draws"
@@ -177,17 +188,17 @@ def draws_findings(moments: Mapping[str, Moments], num_draws: int) -> list[Findi
         return [
             Finding(
                 "note",
-                f"the draws as they are: {'; '.join(unclear[:4])}",
+                f"the draws: {'; '.join(unclear[:4])}",
                 f"{num_draws} draws do not tell whether {accuracy}",
-                "more draws (num_draws), or use the weighted draws (resample)",
+                "more draws (num_draws), or draws taken by weight (resample)",
             )
         ]
     if not off:
         return [
             Finding(
                 "good",
-                f"the draws as they are: {accuracy}",
-                "the guide's own means and uncertainties are the posterior's, as far as weights tell",
+                f"the draws: {accuracy}",
+                "the guide's own means and standard deviations are the posterior's, as far as weights tell",
             )
         ]
     severe = any(one.severe > 0.1 * one.entries for one in off.values())
@@ -196,9 +207,9 @@ def draws_findings(moments: Mapping[str, Moments], num_draws: int) -> list[Findi
     return [
         Finding(
             "wrong" if severe else "doubtful",
-            f"the draws as they are: {'; '.join(words[:4])}{more}",
-            "used without weights, the draws have other means or uncertainties than the posterior",
-            "weigh the draws (smoothed_weights), draw them again by weight (resample), or train the guide further",
+            f"the draws: {'; '.join(words[:4])}{more}",
+            "used without weights, the draws have other means or standard deviations than the posterior",
+            "weights (smoothed_weights) or draws taken by weight (resample); or more training, or a richer guide",
         )
     ]
 
@@ -233,6 +244,37 @@ def predictive_findings(checks: Mapping[str, Any], num_draws: int, weighted: boo
             _PPC,
         )
     ]
+
+
+def loo_finding(result: Any, above: int, poor_weights: bool) -> Finding:
+    """Report leave-one-out cross-validation.
+
+    Args:
+        result: of :func:`~pyro_hvae.diagnostics.loo`.
+        above: number of data with k-hat above the limit.
+        poor_weights: whether the weights of the whole posterior have a k-hat above the limit.
+    """
+    what = f"leave-one-out: elpd {float(result.elpd):.1f} nats, standard error {float(result.se):.1f}"
+    if not above:
+        return Finding("note", what, "the log-density of each datum given the others, summed; its k-hats are good")
+    what += f"; k-hat above {result.good_k:.2f} for {above} of {result.n_data_points} data"
+    if poor_weights:
+        return Finding(
+            "note",
+            what,
+            "the weights of the posterior are bad already, so those of the posterior without a datum are, and elpd is "
+            "not to be trusted",
+            "first a better guide, as above",
+            _LOO,
+        )
+    return Finding(
+        "note",
+        what,
+        "without such a datum the posterior is another one, which these draws hardly reach: elpd is too high as a rule",
+        "look at these data (plot_khat of loo(tree)): outliers ask for a likelihood with longer tails; else more draws "
+        "(num_draws), or train without some data and predict these (held_out)",
+        _LOO,
+    )
 
 
 def layer_findings(table: Any) -> list[Finding]:
@@ -311,10 +353,10 @@ def error_finding(error: PosteriorError) -> Finding:
     assumed = f"assumed: {error.assumptions['kl']}"
     probability = f"with probability {1 - error.delta:g}"
     if worst == float("inf"):
-        without = int(error.kl.isinf().sum())
+        without = f" for {int(error.kl.isinf().sum())} of {count} data" if error.kl.dim() else ""
         return Finding(
             "note",
-            f"KL(q(z|x) || p(z|x)) has no bound {probability} for {without} of {count} data",
+            f"KL(q(z|x) || p(z|x)) has no bound {probability}{without}",
             "log p(x) has no upper side there, as for weights without a variance, or the ELBO none below",
             "a larger budget, a wider guide, or posterior_samples of simulated data",
             _ERROR,

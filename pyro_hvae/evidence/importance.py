@@ -79,8 +79,9 @@ class Evidence:
         return -self.value / (dims * math.log(2.0))
 
     def __str__(self) -> str:
-        mean, error, khat = self._facts().values()
-        return f"{self._title()}: mean {mean}, largest standard error {error}, k-hat {khat}"
+        (_, value), (name, error), (_, khat) = self._facts().items()
+        mean = "mean " if self.value.dim() else ""
+        return f"{self._title()}: {mean}{value}, {name} {error}, k-hat {khat}"
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), self._facts())
@@ -90,6 +91,12 @@ class Evidence:
 
     def _facts(self) -> dict[str, str]:
         above, worst = int((self.khat > self.good).sum()), float(self.khat.max())
+        if not self.value.dim():
+            return {
+                "value": f"{float(self.value):.4f} nats, of all data together",
+                "standard error": f"{float(self.stderr):.3g}",
+                "k-hat": f"{worst:.2f}, {'above' if above else 'within'} the limit {self.good:.2f}",
+            }
         return {
             "mean": f"{float(self.value.mean()):.4f} nats over {self.value.numel()} data",
             "largest standard error": f"{float(self.stderr.max()):.3g}",

@@ -45,20 +45,23 @@ class Sandwich:
         return self.upper - self.lower
 
     def __str__(self) -> str:
-        ends, mean, largest, kind = self._facts().values()
-        return f"{self._title()}: {ends} (mean width {mean}, largest {largest}); above: {kind}"
+        (_, ends), *widths, (_, kind) = self._facts().items()
+        return f"{self._title()}: {ends} ({', '.join(map(' '.join, widths))}); above: {kind}"
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), self._facts())
 
     def _title(self) -> str:
-        return f"log p(x), mean over {self.lower.numel()} data"
+        who = f"mean over {self.lower.numel()} data" if self.lower.dim() else "all data together"
+        return f"log p(x), {who}"
 
     def _facts(self) -> dict[str, str]:
+        widths = {"mean width": self.width.mean(), "largest width": self.width.max()}
+        if not self.lower.dim():
+            widths = {"width": self.width}
         return {
             "bracket": f"from {float(self.lower.mean()):.4f} to {float(self.upper.mean()):.4f} nats",
-            "mean width": f"{float(self.width.mean()):.4f}",
-            "largest width": f"{float(self.width.max()):.4f}",
+            **{name: f"{float(width):.4f}" for name, width in widths.items()},
             "above": "a bound in expectation" if self.upper_is_bound else "an estimate, without posterior draws",
         }
 
