@@ -122,14 +122,14 @@ def _of_each_datum(hats: KHats) -> Finding:
 
 
 def _of_all(hats: KHats) -> Finding:
-    value = float(hats.joint)
+    value, means = float(hats.joint), "" if hats.conditioned_on else f"; {_KHAT_MEANS}"  # once a report
     what = f"{_WEIGHTED}: k-hat of the whole posterior: {hats.number(value)} (limit {hats.good:.2f})"
     if value <= hats.good:
-        return Finding("good", what, f"averages of weighted draws can be trusted; {_KHAT_MEANS}", "", _KHAT)
+        return Finding("good", what, f"averages of weighted draws can be trusted{means}", "", _KHAT)
     return Finding(
         "wrong" if value > 1 else "doubtful",
         what,
-        f"the guide misses a part of the posterior, and importance weights can't repair it; {_KHAT_MEANS}",
+        f"the guide misses a part of the posterior, and importance weights can't repair it{means}",
         "a guide that knows of the dependencies (AutoMultivariateNormal, a flow), another parameterisation "
         "(non-centred), or MCMC",
         _KHAT,
