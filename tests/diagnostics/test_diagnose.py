@@ -347,3 +347,14 @@ def test_looking_changes_nothing_also_after_an_error(verb, fails_at):
     after, found = state()
     assert found == switches
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_conditional_pair_is_judged_with_its_context():
+    """Pyro's handlers take the keyword ``context`` for their own when they wrap a program."""
+    model, guide = ph.vae(6, 2, hidden=(4,), context_dim=3)
+    x, context = torch.bernoulli(torch.full((20, 6), 0.5)), torch.eye(3).repeat(7, 1)[:20]
+    report = diagnose(model, guide, x, context=context, num_draws=100, calibration=True)
+    assert "layers" in report.numbers
+    found = ph.log_evidence(model, None, x, context=context, method="prior", num_samples=2000)
+    by_guide = ph.log_evidence(model, guide, x, context=context, num_samples=2000)
+    assert ((found.value - by_guide.value).abs() < 5 * (found.stderr**2 + by_guide.stderr**2).sqrt()).all()
