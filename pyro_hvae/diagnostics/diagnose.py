@@ -11,6 +11,7 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 
 from pyro_hvae.arguments import check_count
+from pyro_hvae.diagnostics import checks
 from pyro_hvae.diagnostics import findings as word
 from pyro_hvae.diagnostics.calibration import calibrate
 from pyro_hvae.diagnostics.datatree import collect
@@ -107,7 +108,7 @@ def diagnose(
         if calibration:
             ranks = calibrate(first)
             numbers["calibration"] = ranks.failures()
-            findings += word.calibration_findings(ranks)
+            findings += checks.calibration_findings(ranks)
         if evidence:
             findings.append(_bracket(first, numbers, evidence if isinstance(evidence, Mapping) else {}))
         if error:
@@ -256,9 +257,9 @@ def _predictive(tree: Any, numbers: Numbers) -> list[Finding]:
     count, weighted = replicates.sizes["chain"] * replicates.sizes["draw"], tree.attrs.get("draws") != "guide"
     if "khat" in numbers and bool((_khats_of_draws(numbers["khat"]) <= numbers["khat"].attrs["good_k"]).all()):
         tree, count, weighted = _weighted_replicates(tree), int(numbers["ess"].min()), True
-    checks = {name: predictive_check(tree, var_name=name) for name in names}
-    numbers["predictive"] = {name: table["p_value"].to_dict() for name, table in checks.items()}
-    return word.predictive_findings(checks, count, weighted)
+    tables = {name: predictive_check(tree, var_name=name) for name in names}
+    numbers["predictive"] = {name: table["p_value"].to_dict() for name, table in tables.items()}
+    return checks.predictive_findings(tables, count, weighted)
 
 
 def _khats_of_draws(khats: Any) -> Any:
@@ -293,7 +294,7 @@ def _left_out(tree: Any, numbers: Numbers) -> list[Finding]:
     numbers["loo"] = {"elpd": float(result.elpd), "se": float(result.se), "above": above}
     hats = numbers.get("khat")
     poor = hats is not None and bool((_khats_of_draws(hats) > hats.attrs["good_k"]).any())
-    return [word.loo_finding(result, above, poor)]
+    return [checks.loo_finding(result, above, poor)]
 
 
 def _chains(tree: Any, numbers: Numbers) -> list[Finding]:
@@ -340,7 +341,7 @@ def _layers(problem: Problem, numbers: Numbers) -> list[Finding]:
         if isinstance(error.__cause__, NotImplementedError):  # an improper prior
             return []
         raise
-    return word.layer_findings(numbers["layers"])
+    return checks.layer_findings(numbers["layers"])
 
 
 def _bracket(problem: Problem, numbers: Numbers, options: Mapping[str, Any]) -> Finding:
