@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # figures become part of the page
@@ -42,6 +43,7 @@ html_theme = "furo"
 html_title = "pyro_hvae"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_js_files = ["copy.js"]
 html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}
 pygments_style = "tango"
@@ -100,7 +102,25 @@ def separate_attributes(app, what, name, obj, options, lines):
     lines[:] = found
 
 
+def link_notebook(app, pagename, templatename, context, doctree):
+    """Put a link to the notebook of a page above it."""
+    if doctree is not None and (ROOT / "docs" / f"{pagename}.md").is_file() and "/" not in pagename:
+        link = f'<a href="notebooks/{pagename}.ipynb" download>download as a notebook</a>'
+        context["body"] = f'<p class="notebook">{link}</p>{context["body"]}'
+
+
+def notebooks(app, error):
+    """Write the notebooks beside the pages."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    from notebooks import write_notebooks
+
+    if error is None and app.builder.format == "html":
+        write_notebooks(ROOT / "docs", Path(app.outdir) / "notebooks")
+
+
 def setup(app):
+    app.connect("html-page-context", link_notebook)
+    app.connect("build-finished", notebooks)
     for field in PyObject.doc_field_types:
         if field.name == "variable":  # the name of an attribute is no reference to others of that name
             field.rolename = ""

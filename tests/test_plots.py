@@ -71,12 +71,49 @@ def test_latents():
         plots.latent_map(torch.randn(50, 1))
     model, guide = ph.hvae(12, (4, 2), hidden=(8,))
     latents = ph.encode(guide, torch.zeros(1, 12), mean=True)
-    figure = plots.traversal(model, latents, (3, 4), site="z1", units=[0, 3], at=(-2, -1, 0, 1, 2))
-    assert len(figure.axes) == 10
+    figure = plots.traversal(model, latents, (3, 4), units={"z1": [0], "z2": [1]}, at=(-2, -1, 0, 1, 2))
+    assert [axis.get_ylabel() for axis in figure.axes[::5]] == ["z1[0]", "z2[1]"]
+    middle = model.kernels["x"](latents["z1"]).mean.detach().reshape(3, 4)  # of z1 alone, whatever z2 is
+    np.testing.assert_allclose(figure.axes[7].images[0].get_array(), middle, rtol=1e-6)
     with pytest.raises(ValueError, match=r"units of 'z1' are 0 to 3, got \[4\]"):
-        plots.traversal(model, latents, (3, 4), site="z1", units=[4])
+        plots.traversal(model, latents, (3, 4), units={"z1": [4]})
     with pytest.raises(ValueError, match="no site 'z3'"):
-        plots.traversal(model, latents, (3, 4), site="z3", units=[0])
+        plots.traversal(model, latents, (3, 4), units={"z3": [0]})
+    with pytest.raises(ValueError, match="units is empty"):
+        plots.traversal(model, latents, (3, 4), units={"z1": []})
+    with pytest.raises(ValueError, match=r"latents are of one datum.*'z1': \(2, 4\)"):
+        plots.traversal(model, ph.encode(guide, torch.zeros(2, 12)), (3, 4), units={"z1": [0]})
+
+
+def test_a_traversal_of_a_conditional_model_has_its_context():
+    torch.manual_seed(0)
+    model, guide = ph.vae(6, 2, hidden=(4,), context_dim=3)
+    one = torch.tensor([0.0, 1.0, 0.0])
+    latents = ph.encode(guide, torch.zeros(1, 6), context=one[None], mean=True)
+    for context in (one, one[None]):
+        figure = plots.traversal(model, latents, (2, 3), units={"z1": [1]}, at=(-1.0, 2.0), context=context)
+        moved = latents["z1"].clone()
+        moved[:, 1] = 2.0
+        expected = ph.decode(model, {"z1": moved}, context=one[None]).mean.reshape(2, 3)
+        np.testing.assert_allclose(figure.axes[1].images[0].get_array(), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="context is of one datum"):
+        plots.traversal(model, latents, (2, 3), units={"z1": [1]}, context=torch.eye(3))
+    with pytest.raises(ValueError, match="expects a last dim of 5"):  # no context
+        plots.traversal(model, latents, (2, 3), units={"z1": [1]})
+
+
+def test_maps_are_coloured_by_label():
+    z = torch.randn(30, 2)
+    words = np.array(["low", "high", None] * 10, dtype=object)
+    axis = plots.latent_map(z, words).axes[0]
+    assert [text.get_text() for text in axis.get_legend().texts] == ["no label", "high", "low"]
+    assert len({line.get_color() for line in axis.lines}) == 3
+    numbers = torch.linspace(0, 1, 30)
+    map_, bar = plots.latent_map(z, numbers).axes
+    np.testing.assert_array_equal(map_.collections[0].get_array(), numbers)
+    assert bar.get_ylim() == (0.0, 1.0)
+    with pytest.raises(ValueError, match=r"one for each of 30 data, got shape \(3,\)"):
+        plots.latent_map(z, [0, 1, 2])
 
 
 def test_schedules():

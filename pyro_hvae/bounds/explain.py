@@ -11,6 +11,7 @@ from torch import nn
 
 from pyro_hvae.bounds.base import Bound
 from pyro_hvae.bounds.divergences import divergence
+from pyro_hvae.notebook import html_table
 from pyro_hvae.problem import Structure, problem_of
 from pyro_hvae.problem.dependencies import Dependencies
 from pyro_hvae.problem.parameters import param_sites
@@ -78,20 +79,24 @@ class Explanation:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         table.insert(1, "-" * max(map(len, table)))
-        text = [
-            self.bound,
-            f"a datum is an index of: {', '.join(self.data_plates) or 'nothing (one weight for all)'}",
-            *table,
-        ]
-        text.append(f"parameters trained by SVI: {len(self.trained_by_svi)}")
+        return "\n".join([self.bound, self._datum(), *table, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        rows = [row.cells() for row in self.rows]
+        return html_table(self.bound, rows, header=_HEADER, notes=[self._datum(), *self._notes()])
+
+    def _datum(self) -> str:
+        return f"a datum is an index of: {', '.join(self.data_plates) or 'nothing (one weight for all)'}"
+
+    def _notes(self) -> list[str]:
+        text = [f"parameters trained by SVI: {len(self.trained_by_svi)}"]
         if self.untrained_by_svi:
             text.append(f"NOT trained by SVI: {', '.join(self.untrained_by_svi)}")
         if self.trained_by_module is None:
             text.append("module route: none, since not both programs are nn.Modules")
         else:
             text.append(f"parameters trained by the module route: {len(self.trained_by_module)}")
-        text += [f"REFUSED: {refusal}" for refusal in self.refusals]
-        return "\n".join(text)
+        return text + [f"REFUSED: {refusal}" for refusal in self.refusals]
 
 
 def explain(bound: Bound, model: Any, guide: Any = None, *args: Any, **kwargs: Any) -> Explanation:

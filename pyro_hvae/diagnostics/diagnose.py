@@ -11,6 +11,7 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 
 from pyro_hvae.arguments import check_count
+from pyro_hvae.diagnostics import checks
 from pyro_hvae.diagnostics import findings as word
 from pyro_hvae.diagnostics.calibration import calibrate
 from pyro_hvae.diagnostics.conditioned import conditioned_findings, conditioned_numbers
@@ -52,7 +53,7 @@ def diagnose(
 
     From one set of draws: NaN and infinite densities; k-hat of the weights of all data and of each datum, and their
     effective sample size (the draws once weighted); means and standard deviations against those of the weighted draws
-    (the draws as they are); predictive checks; leave-one-out cross-validation, of global latents; R-hat across chains.
+    (the draws); predictive checks; leave-one-out cross-validation, of global latents; R-hat across chains.
     Programs are run again for the k-hat of each layer, for collapsed layers and, on request, for calibration over
     simulated data and a bracket of the evidence.
 
@@ -81,8 +82,8 @@ def diagnose(
         >>> from pyro_hvae.conjugate import guide, model
         >>> _ = torch.manual_seed(0)
         >>> report = diagnose(model, guide(scale=0.3), torch.randn(50))
-        >>> report.worst, report.findings[0].what.split(":")[0]
-        ('wrong', 'k-hat of each datum')
+        >>> report.worst, report.findings[0].what.split(":")[:2]
+        ('wrong', ['the draws once weighted', ' k-hat of each datum'])
     """
     numbers: Numbers = {}
     if isinstance(model, Conditioned):
@@ -113,7 +114,7 @@ def diagnose(
         if calibration:
             ranks = calibrate(first)
             numbers["calibration"] = ranks.failures()
-            findings += word.calibration_findings(ranks)
+            findings += checks.calibration_findings(ranks)
         if evidence:
             findings.append(_bracket(first, numbers, evidence if isinstance(evidence, Mapping) else {}))
         if error:
@@ -233,7 +234,7 @@ def _weights(tree: Any, numbers: Numbers, problem: Problem | None) -> list[Findi
         numbers["draws"] = {name: vars(one) for name, one in moments.items()}
         findings += word.draws_findings(moments, len(log_weight))
     elif problem is not None:
-        what = "the draws as they are were not compared with the weighted draws"
+        what = "the draws: not compared with the weighted draws"
         findings.append(Finding("note", what, "there are too many to keep", "fewer data or draws in the call"))
     return findings
 
@@ -262,9 +263,9 @@ def _predictive(tree: Any, numbers: Numbers) -> list[Finding]:
     count, weighted = replicates.sizes["chain"] * replicates.sizes["draw"], tree.attrs.get("draws") != "guide"
     if "khat" in numbers and bool((_khats_of_draws(numbers["khat"]) <= numbers["khat"].attrs["good_k"]).all()):
         tree, count, weighted = _weighted_replicates(tree), int(numbers["ess"].min()), True
-    checks = {name: predictive_check(tree, var_name=name) for name in names}
-    numbers["predictive"] = {name: table["p_value"].to_dict() for name, table in checks.items()}
-    return word.predictive_findings(checks, count, weighted)
+    tables = {name: predictive_check(tree, var_name=name) for name in names}
+    numbers["predictive"] = {name: table["p_value"].to_dict() for name, table in tables.items()}
+    return checks.predictive_findings(tables, count, weighted)
 
 
 def _khats_of_draws(khats: Any) -> Any:
@@ -297,14 +298,9 @@ def _left_out(tree: Any, numbers: Numbers) -> list[Finding]:
         result = loo(tree)
     above = int((result.pareto_k > result.good_k).sum())
     numbers["loo"] = {"elpd": float(result.elpd), "se": float(result.se), "above": above}
-    return [
-        Finding(
-            "note",
-            f"leave-one-out: elpd {float(result.elpd):.1f} nats, standard error {float(result.se):.1f}; k-hat above "
-            f"{result.good_k:.2f} for {above} of {result.n_data_points} data",
-            "not to be trusted for those data" if above else "what the model predicts of each datum from the others",
-        )
-    ]
+    hats = numbers.get("khat")
+    poor = hats is not None and bool((_khats_of_draws(hats) > hats.attrs["good_k"]).any())
+    return [checks.loo_finding(result, above, poor)]
 
 
 def _chains(tree: Any, numbers: Numbers) -> list[Finding]:
@@ -351,7 +347,7 @@ def _layers(problem: Problem, numbers: Numbers) -> list[Finding]:
         if isinstance(error.__cause__, NotImplementedError):  # an improper prior
             return []
         raise
-    return word.layer_findings(numbers["layers"])
+    return checks.layer_findings(numbers["layers"])
 
 
 def _bracket(problem: Problem, numbers: Numbers, options: Mapping[str, Any]) -> Finding:

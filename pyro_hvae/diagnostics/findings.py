@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from pyro_hvae.diagnostics.calibration import Calibration
-from pyro_hvae.diagnostics.information import COLLAPSED_INFORMATION
 from pyro_hvae.diagnostics.khat import KHats
 from pyro_hvae.diagnostics.moments import RATIO, SHIFT, Moments
 from pyro_hvae.diagnostics.posterior_error import PosteriorError
@@ -16,27 +14,22 @@ from pyro_hvae.diagnostics.report import Finding
 
 __all__ = [
     "bracket_finding",
-    "calibration_findings",
     "draws_findings",
     "error_finding",
     "ess_findings",
     "finite_findings",
     "khat_findings",
-    "layer_findings",
     "point_finding",
-    "predictive_findings",
     "rhat_findings",
 ]
 
 _KHAT = "Pareto Smoothed Importance Sampling, Vehtari et al., 2024"
-_UNITS = "Importance Weighted Autoencoders, Burda et al., 2016"
 _RHAT = "Rank-Normalization, Folding, and Localization: An Improved R-hat, Vehtari et al., 2021"
-_SBC = "Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts et al., 2018"
-_PPC = "Posterior Predictive Assessment of Model Fitness via Realized Discrepancies, Gelman et al., 1996"
 _ERROR = "Validated Variational Inference via Practical Posterior Error Bounds, Huggins et al., 2020"
 _RHAT_LIMIT = 1.01
+_WEIGHTED = "the draws once weighted"
+_KHAT_MEANS = "k-hat says how heavy the tail of the weights p/q is: the larger, the fewer draws carry the average"
 _ESS_SHARE = 0.01
-_PPC_LEVEL = 0.01
 
 
 def finite_findings(tree: Any) -> list[Finding]:
@@ -104,13 +97,13 @@ def _of_each_datum(hats: KHats) -> Finding:
     flagged, total = int((hats.per_datum > hats.good).sum()), hats.per_datum.numel()
     held = f" given {', '.join(hats.conditioned_on)}" if hats.conditioned_on else ""
     median = hats.number(float(hats.per_datum.median()))
-    what = f"k-hat of each datum{held}: {flagged} of {total} above {hats.good:.2f}, median {median}"
+    what = f"{_WEIGHTED}: k-hat of each datum{held}: {flagged} of {total} above {hats.good:.2f}, median {median}"
     if not flagged:
-        return Finding("good", what, "the draws once weighted can be trusted", "", _KHAT)
+        return Finding("good", what, f"averages of weighted draws can be trusted; {_KHAT_MEANS}", "", _KHAT)
     return Finding(
         "wrong" if flagged > total / 10 else "doubtful",
         what,
-        "the guide misses a part of these data's posteriors, and importance weights can't repair it",
+        "the guide misses a part of these data's posteriors, and importance weights can't repair it; " + _KHAT_MEANS,
         "a richer guide (full covariance, a flow, a ladder), more training of the guide alone (WakePhase), or a "
         "refinement for each datum (posterior_gap tells which of the two)",
         _KHAT,
@@ -118,14 +111,14 @@ def _of_each_datum(hats: KHats) -> Finding:
 
 
 def _of_all(hats: KHats) -> Finding:
-    value = float(hats.joint)
-    what = f"k-hat of the whole posterior: {hats.number(value)} (limit {hats.good:.2f})"
+    value, means = float(hats.joint), "" if hats.conditioned_on else f"; {_KHAT_MEANS}"  # once a report
+    what = f"{_WEIGHTED}: k-hat of the whole posterior: {hats.number(value)} (limit {hats.good:.2f})"
     if value <= hats.good:
-        return Finding("good", what, "the draws once weighted can be trusted", "", _KHAT)
+        return Finding("good", what, f"averages of weighted draws can be trusted{means}", "", _KHAT)
     return Finding(
         "wrong" if value > 1 else "doubtful",
         what,
-        "the guide misses a part of the posterior, and importance weights can't repair it",
+        f"the guide misses a part of the posterior, and importance weights can't repair it{means}",
         "a guide that knows of the dependencies (AutoMultivariateNormal, a flow), another parameterisation "
         "(non-centred), or MCMC",
         _KHAT,
@@ -169,7 +162,14 @@ def ess_findings(ess: np.ndarray, num_draws: int) -> list[Finding]:
 def draws_findings(moments: Mapping[str, Moments], num_draws: int) -> list[Finding]:
     """Report whether the draws may be used without weights; ``num_draws`` were compared."""
     if not moments:
-        return []
+        return [
+            Finding(
+                "note",
+                "the draws: not compared with the weighted draws, whose k-hat is above its limit",
+                "nothing here vouches for their means and standard deviations",
+                "first what the finding about k-hat says",
+            )
+        ]
     off = {name: one for name, one in moments.items() if one.differs}
     unclear = [one.words(name) for name, one in moments.items() if one.unclear]
     accuracy = f"means within {SHIFT:g} sd and sds within a factor of {RATIO:g} of the weighted draws"
@@ -177,17 +177,17 @@ def draws_findings(moments: Mapping[str, Moments], num_draws: int) -> list[Findi
         return [
             Finding(
                 "note",
-                f"the draws as they are: {'; '.join(unclear[:4])}",
+                f"the draws: {'; '.join(unclear[:4])}",
                 f"{num_draws} draws do not tell whether {accuracy}",
-                "more draws (num_draws), or use the weighted draws (resample)",
+                "more draws (num_draws), or draws taken by weight (resample)",
             )
         ]
     if not off:
         return [
             Finding(
                 "good",
-                f"the draws as they are: {accuracy}",
-                "the guide's own means and uncertainties are the posterior's, as far as weights tell",
+                f"the draws: {accuracy}",
+                "the guide's own means and standard deviations are the posterior's, as far as weights tell",
             )
         ]
     severe = any(one.severe > 0.1 * one.entries for one in off.values())
@@ -196,96 +196,9 @@ def draws_findings(moments: Mapping[str, Moments], num_draws: int) -> list[Findi
     return [
         Finding(
             "wrong" if severe else "doubtful",
-            f"the draws as they are: {'; '.join(words[:4])}{more}",
-            "used without weights, the draws have other means or uncertainties than the posterior",
-            "weigh the draws (smoothed_weights), draw them again by weight (resample), or train the guide further",
-        )
-    ]
-
-
-def predictive_findings(checks: Mapping[str, Any], num_draws: int, weighted: bool) -> list[Finding]:
-    """Report test quantities in which replicates differ from the data.
-
-    Args:
-        checks: tables of :func:`~pyro_hvae.diagnostics.predictive_check` by observed site.
-        num_draws: number of independent replicates.
-        weighted: whether replicates are those of the weighted draws.
-    """
-    total = sum(len(table) for table in checks.values())
-    odd = []
-    for name, table in checks.items():
-        for quantity, p_value in table["p_value"].items():
-            share = (num_draws * p_value + 0.5) / (num_draws + 1)  # an estimate of 0 is no probability of 0
-            if 2 * min(share, 1 - share) < _PPC_LEVEL / total:
-                odd.append(f"{quantity} of {name} (p = {p_value:.3f})")
-    if not total:
-        return []
-    if not odd:
-        return [Finding("good", "predictive checks: replicates look like the data in all quantities", "", "", _PPC)]
-    return [
-        Finding(
-            "doubtful",
-            f"predictive checks: replicates differ from the data in {', '.join(odd)}",
-            "the model with its posterior does not make such data"
-            if weighted
-            else "the model at these draws does not make such data; weights can't tell whether the draws are to blame",
-            "look at the likelihood of that site: its spread, tails, zeros; predictive_check takes other quantities",
-            _PPC,
-        )
-    ]
-
-
-def layer_findings(table: Any) -> list[Finding]:
-    """Report collapsed layers, few active units, and information at its limit."""
-    findings = []
-    collapsed = [str(name) for name in table.layer.values[table.collapsed.values]]
-    if collapsed:
-        findings.append(
-            Finding(
-                "doubtful",
-                f"collapsed layers: {', '.join(collapsed)} (no active unit, information below "
-                f"{COLLAPSED_INFORMATION} nats)",
-                "the model does without them; their draws are the prior's",
-                "free bits or a KL warm-up while training (Regularised), a top-down guide (Ladder), fewer layers",
-                _UNITS,
-            )
-        )
-    rows = zip(
-        table.layer.values, table.active_units.values, table.units.values, table.collapsed.values, strict=True
-    )
-    mostly = [f"{name} ({int(few)} of {int(units)})" for name, few, units, gone in rows if not gone and few < units / 2]
-    if mostly:
-        findings.append(
-            Finding("note", f"few active units: {', '.join(mostly)}", "the other units repeat the prior", "", _UNITS)
-        )
-    limit = table.attrs["information_limit"]
-    full = [str(name) for name in table.layer.values[table.mutual_information.values > 0.95 * limit]]
-    if full:
-        findings.append(
-            Finding(
-                "note",
-                f"information of {', '.join(full)} is at its limit log N = {limit:.2f} nats",
-                "these data can't tell how much it really is",
-                "more data in the call, if the number matters",
-            )
-        )
-    return findings
-
-
-def calibration_findings(calibration: Calibration) -> list[Finding]:
-    """Report ranks that are not uniform."""
-    failures = calibration.failures()
-    if not failures:
-        return [Finding("good", "calibration: ranks of simulated truths are uniform", "", "", _SBC)]
-    listed = list(failures.items())[:4]
-    more = f", and {len(failures) - len(listed)} more" if len(failures) > len(listed) else ""
-    return [
-        Finding(
-            "wrong",
-            "calibration: " + "; ".join(f"{name} {words}" for name, words in listed) + more,
-            "on data of the model's own making the guide's uncertainty is wrong in these respects",
-            "narrow draws: a mass-covering objective (WakePhase, IWELBO) or a richer guide; bias: train longer",
-            _SBC,
+            f"the draws: {'; '.join(words[:4])}{more}",
+            "used without weights, the draws have other means or standard deviations than the posterior",
+            "weights (smoothed_weights) or draws taken by weight (resample); or more training, or a richer guide",
         )
     ]
 
@@ -311,10 +224,10 @@ def error_finding(error: PosteriorError) -> Finding:
     assumed = f"assumed: {error.assumptions['kl']}"
     probability = f"with probability {1 - error.delta:g}"
     if worst == float("inf"):
-        without = int(error.kl.isinf().sum())
+        without = f" for {int(error.kl.isinf().sum())} of {count} data" if error.kl.dim() else ""
         return Finding(
             "note",
-            f"KL(q(z|x) || p(z|x)) has no bound {probability} for {without} of {count} data",
+            f"KL(q(z|x) || p(z|x)) has no bound {probability}{without}",
             "log p(x) has no upper side there, as for weights without a variance, or the ELBO none below",
             "a larger budget, a wider guide, or posterior_samples of simulated data",
             _ERROR,

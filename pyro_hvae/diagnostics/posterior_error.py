@@ -133,9 +133,9 @@ class PosteriorError:
         return dataset
 
     def __str__(self) -> str:
+        who = f"of {self.kl.numel()} data, the largest" if self.kl.dim() else "of the whole posterior"
         lines = [
-            f"of {self.kl.numel()} data, the largest (each bound with probability {1 - self.delta:g}; in brackets the "
-            "estimate, no bound):",
+            f"{who} (each bound with probability {1 - self.delta:g}; in brackets the estimate, no bound):",
             f"KL(q(z|x) || p(z|x)) at most {float(self.kl.max()):.3g} nats ({float(self.estimates.kl.max()):.3g})",
             f"total variation at most {float(self.total_variation.max()):.3g} "
             f"({float(self.estimates.total_variation.max()):.3g})",

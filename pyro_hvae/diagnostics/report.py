@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
+
+from pyro_hvae.notebook import html_table
 
 __all__ = ["LEVELS", "Finding", "Report"]
 
@@ -74,9 +75,8 @@ class Report:
                 lines.append(f"{'':<9}-> {finding.advice}")
             if finding.source:
                 lines.append(f"{'':<9}({finding.source})")
-        table = self.table()
-        if table is not None:
-            lines += ["", "layers", table.to_string()]
+        for title, table in self.tables().items():
+            lines += ["", title, table.to_string()]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -86,17 +86,36 @@ class Report:
         layers = self.numbers.get("layers")
         return None if layers is None else layers.to_dataframe().round(3)
 
-    def _repr_html_(self) -> str:
-        rows = []
-        for finding in self.findings:
-            cells = [f"<b>{finding.level}</b>", html.escape(finding.what), html.escape(finding.meaning)]
-            advice = html.escape(finding.advice)
-            source = f"<br><small>{html.escape(finding.source)}</small>" if finding.source else ""
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, advice + source]) + "</tr>")
-        head = "<tr><th></th><th>finding</th><th>meaning</th><th>try</th></tr>"
+    def tables(self) -> dict[str, Any]:
+        """Return the tables below the findings by title, each a ``pandas.DataFrame``.
+
+        Those are, as far as they apply: a row per site of the largest differences between the draws and the weighted
+        draws, of the means in standard deviations and of the standard deviations as a ratio; and a row per layer.
+        """
+        import pandas as pd
+
+        found, sites = {}, self.numbers.get("draws")
+        if sites:
+            rows = {
+                name: {
+                    "mean off by (sd)": round(one["shift"], 2),
+                    "sd / weighted sd": round(one["ratio"], 2),
+                    "entries off": one["off"],
+                    "entries": one["entries"],
+                }
+                for name, one in sites.items()
+            }
+            found["the draws against the draws once weighted"] = pd.DataFrame.from_dict(rows, orient="index")
         table = self.table()
-        below = "" if table is None else table.to_html()
-        return f"<table>{head}{''.join(rows)}</table>{below}"
+        return found if table is None else found | {"layers": table}
+
+    def _repr_html_(self) -> str:
+        header = ("", "finding", "meaning", "try", "reference")
+        pages = [html_table("Diagnosis", [astuple(finding) for finding in self.findings], header=header)]
+        for title, table in self.tables().items():
+            columns = [table.index.name or "", *table.columns]
+            pages.append(html_table(title, table.astype(object).itertuples(), header=columns))
+        return "".join(pages)
 
 
 def _plain(value: Any) -> Any:

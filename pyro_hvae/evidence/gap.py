@@ -71,10 +71,12 @@ class PosteriorGap:
     def __str__(self) -> str:
         good = self.evidence.good
         poor = int((self.evidence.khat > good).sum())
+        who = f", mean over {self.elbo.numel()} data" if self.elbo.dim() else ""
+        whom = f" for {poor}" if self.elbo.dim() else ""
         return (
-            f"log p(x) - ELBO, mean over {self.elbo.numel()} data: {float(self.total.mean()):.4f} nats = approximation "
+            f"log p(x) - ELBO{who}: {float(self.total.mean()):.4f} nats = approximation "
             f"{float(self.approximation.mean()):.4f} + amortisation {float(self.amortisation.mean()):.4f}"
-            + (f"; not to be trusted for {poor}, where log p(x) has k-hat above {good:.2f}" if poor else "")
+            + (f"; not to be trusted{whom}, where log p(x) has k-hat above {good:.2f}" if poor else "")
         )
 
 

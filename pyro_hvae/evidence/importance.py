@@ -27,6 +27,7 @@ from pyro_hvae.evidence.annealed import run_chains, tuned_moves
 from pyro_hvae.evidence.bases import base_problem, drawn_prior
 from pyro_hvae.evidence.path import Path
 from pyro_hvae.modules import evaluation_mode
+from pyro_hvae.notebook import html_table
 from pyro_hvae.problem import Problem, of_pair
 from pyro_hvae.problem.isolation import isolated
 from pyro_hvae.problem.prior import no_latents
@@ -80,12 +81,29 @@ class Evidence:
         return -self.value / (dims * math.log(2.0))
 
     def __str__(self) -> str:
-        worst = float(self.khat.max())
-        return (
-            f"log p(x) by {self.method}, {self.num_samples} draws: mean {float(self.value.mean()):.4f} nats over "
-            f"{self.value.numel()} data, largest standard error {float(self.stderr.max()):.3g}, "
-            f"k-hat above {self.good:.2f} for {int((self.khat > self.good).sum())} (largest {worst:.2f})"
-        )
+        (_, value), (name, error), (_, khat) = self._facts().items()
+        mean = "mean " if self.value.dim() else ""
+        return f"{self._title()}: {mean}{value}, {name} {error}, k-hat {khat}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), self._facts())
+
+    def _title(self) -> str:
+        return f"log p(x) by {self.method}, {self.num_samples} draws"
+
+    def _facts(self) -> dict[str, str]:
+        above, worst = int((self.khat > self.good).sum()), float(self.khat.max())
+        if not self.value.dim():
+            return {
+                "value": f"{float(self.value):.4f} nats, of all data together",
+                "standard error": f"{float(self.stderr):.3g}",
+                "k-hat": f"{worst:.2f}, {'above' if above else 'within'} the limit {self.good:.2f}",
+            }
+        return {
+            "mean": f"{float(self.value.mean()):.4f} nats over {self.value.numel()} data",
+            "largest standard error": f"{float(self.stderr.max()):.3g}",
+            "k-hat": f"above {self.good:.2f} for {above} (largest {worst:.2f})",
+        }
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pyro_hvae.evidence.bases import drawn_prior
 from pyro_hvae.evidence.importance import log_evidence
 from pyro_hvae.evidence.rounds import Search, Stage
 from pyro_hvae.evidence.sides import DRAWS_ASSUMED, MOMENT_ASSUMED, NONE_ASSUMED
+from pyro_hvae.notebook import html_of_lines
 from pyro_hvae.problem import Problem, of_pair
 from pyro_hvae.weights.confidence import log_inverse
 
@@ -70,6 +71,8 @@ class EvidenceInterval(Interval):
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
+        if not self.lower.dim():
+            return "\n".join([self._of_all(), *self._remarks()])
         both, count = self.upper.isfinite(), self.lower.numel()
         head = f"log p(x) of {count} data, each with probability {1 - self.delta:g}: "
         if bool(both.any()):
@@ -80,14 +83,25 @@ class EvidenceInterval(Interval):
             low = self.lower[~both].mean()
             head += "; " if missing < count else ""
             head += f"no upper side for {missing}, mean lower side {float(low):.4f} nats"
-        lines = [
-            head,
-            f"sum over the data: {float(self.total.lower):.4f} to {float(self.total.upper):.4f} nats",
+        total = f"sum over the data: {float(self.total.lower):.4f} to {float(self.total.upper):.4f} nats"
+        return "\n".join([head, total, *self._remarks()])
+
+    def _of_all(self) -> str:
+        """Describe the interval of data that share a latent, which have one weight."""
+        head, low = f"log p(x) of all data together, with probability {1 - self.delta:g}: ", float(self.lower)
+        if not bool(self.upper.isfinite()):
+            return f"{head}no upper side, lower side {low:.4f} nats"
+        return f"{head}{low:.4f} to {float(self.upper):.4f} nats, width {float(self.width):.4f}"
+
+    def _remarks(self) -> list[str]:
+        return [
             *(f"assumption {side}: {text}" for side, text in self.assumptions.items()),
             *(f"spent: {stage}" for stage in self.stages),
             *(f"note: {note}" for note in self.notes),
         ]
-        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return html_of_lines("Interval of log p(x)", str(self))
 
 
 @of_pair

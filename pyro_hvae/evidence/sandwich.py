@@ -13,6 +13,7 @@ from pyro_hvae.evidence.annealed import Chains, run_chains, tuned_moves
 from pyro_hvae.evidence.bases import base_problem
 from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.path import Path
+from pyro_hvae.notebook import html_table
 from pyro_hvae.problem import Problem, of_pair
 from pyro_hvae.weights import check_weights
 
@@ -44,12 +45,25 @@ class Sandwich:
         return self.upper - self.lower
 
     def __str__(self) -> str:
-        kind = "a bound in expectation" if self.upper_is_bound else "an estimate, without posterior draws"
-        return (
-            f"log p(x), mean over {self.lower.numel()} data: from {float(self.lower.mean()):.4f} to "
-            f"{float(self.upper.mean()):.4f} nats (mean width {float(self.width.mean()):.4f}, largest "
-            f"{float(self.width.max()):.4f}); above: {kind}"
-        )
+        (_, ends), *widths, (_, kind) = self._facts().items()
+        return f"{self._title()}: {ends} ({', '.join(map(' '.join, widths))}); above: {kind}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), self._facts())
+
+    def _title(self) -> str:
+        who = f"mean over {self.lower.numel()} data" if self.lower.dim() else "all data together"
+        return f"log p(x), {who}"
+
+    def _facts(self) -> dict[str, str]:
+        widths = {"mean width": self.width.mean(), "largest width": self.width.max()}
+        if not self.lower.dim():
+            widths = {"width": self.width}
+        return {
+            "bracket": f"from {float(self.lower.mean()):.4f} to {float(self.upper.mean()):.4f} nats",
+            **{name: f"{float(width):.4f}" for name, width in widths.items()},
+            "above": "a bound in expectation" if self.upper_is_bound else "an estimate, without posterior draws",
+        }
 
 
 @of_pair

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,9 +75,9 @@ def traversal(
     latents: Any,
     shape: tuple[int, int],
     *,
-    site: str,
-    units: Sequence[int],
+    units: Mapping[str, Sequence[int]],
     at: Sequence[float] = (-2.5, -1.875, -1.25, -0.625, 0.0, 0.625, 1.25, 1.875, 2.5),
+    context: torch.Tensor | None = None,
 ) -> Figure:
     """Plot the effect of units on the image: one row per unit, one image per value, with all others fixed.
 
@@ -85,35 +85,51 @@ def traversal(
         model: a chain with the one-layer decoder p(x | z_1), or any :class:`~pyro_hvae.chains.TopDown`.
         latents: values by site of one datum, (1, d) each, as :func:`pyro_hvae.encode` gives them.
         shape: height and width in pixels.
-        site: whose units are moved.
-        units: which of them.
-        at: the values that it takes, in standard deviations of a standard normal prior.
+        units: those that are moved, by site.
+        at: the values that each takes, in standard deviations of a standard normal prior.
+        context: covariates of the datum, (c,) or (1, c), for a model that was built with a context.
 
     Raises:
-        ValueError: for an unknown site or unit.
+        ValueError: for an unknown site or unit, latents or a context of several data, or no context where the model
+            needs one.
 
     Example:
         >>> from pyro_hvae.models import vae
         >>> model, guide = vae(6, 2, hidden=(4,))
-        >>> figure = traversal(model, {"z1": torch.zeros(1, 2)}, (2, 3), site="z1", units=[0, 1], at=(-1, 0, 1))
+        >>> figure = traversal(model, {"z1": torch.zeros(1, 2)}, (2, 3), units={"z1": [0, 1]}, at=(-1, 0, 1))
         >>> len(figure.axes)
         6
     """
     from pyro_hvae.chains import decode
 
-    if site not in latents:
-        raise ValueError(f"no site {site!r} among the latents {sorted(latents)}")
-    size = latents[site].shape[-1]
-    if any(not 0 <= unit < size for unit in units):
-        raise ValueError(f"units of {site!r} are 0 to {size - 1}, got {list(units)}")
-    values = torch.as_tensor(at).to(latents[site])
-    rows = []
-    for unit in units:
-        moved = {name: value.expand(len(values), *value.shape[1:]).clone() for name, value in latents.items()}
-        moved[site][:, unit] = values
+    _check_units(latents, units)
+    if context is not None:
+        if context.dim() > 1 and len(context) != 1:
+            raise ValueError(f"context is of one datum, (c,) or (1, c), got {tuple(context.shape)}: pass one row")
+        context = context.reshape(1, -1).expand(len(at), -1)
+    rows, titles = [], []
+    for site, unit in ((site, unit) for site, chosen in units.items() for unit in chosen):
+        moved = {name: value.expand(len(at), *value.shape[1:]).clone() for name, value in latents.items()}
+        moved[site][:, unit] = torch.as_tensor(at).to(moved[site])
         with torch.no_grad():
-            rows.append(decode(model, moved, size=len(values)).mean)
-    return samples(rows, shape, titles=[f"{site}[{unit}]" for unit in units])
+            rows.append(decode(model, moved, size=len(at), context=context).mean)
+        titles.append(f"{site}[{unit}]")
+    return samples(rows, shape, titles=titles)
+
+
+def _check_units(latents: Mapping[str, torch.Tensor], units: Mapping[str, Sequence[int]]) -> None:
+    """Refuse latents of several data, and sites and units that they don't have."""
+    several = {site: tuple(value.shape) for site, value in latents.items() if value.dim() != 2 or len(value) != 1}
+    if several:
+        raise ValueError(f"latents are of one datum, (1, d) each, got {several}: pass one row, as encode(guide, x[:1])")
+    if not any(len(chosen) for chosen in units.values()):
+        raise ValueError(f"units is empty: name some by site, as units={{{next(iter(latents), 'z1')!r}: [0, 1]}}")
+    for site, chosen in units.items():
+        if site not in latents:
+            raise ValueError(f"no site {site!r} among the latents {sorted(latents)}")
+        size = latents[site].shape[-1]
+        if any(not 0 <= unit < size for unit in chosen):
+            raise ValueError(f"units of {site!r} are 0 to {size - 1}, got {list(chosen)}")
 
 
 def _images(values: Any, shape: tuple[int, int]) -> np.ndarray:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["latent_map", "schedule"]
 
 _MARKERS = "osv^D<>pX*"
+_MOST_CLASSES = 10
 
 
 def latent_map(z: Any, labels: Any = None, *, names: tuple[str, str] = ("unit 0", "unit 1")) -> Figure:
@@ -22,11 +23,12 @@ def latent_map(z: Any, labels: Any = None, *, names: tuple[str, str] = ("unit 0"
 
     Args:
         z: (N, d), d >= 2, such as means of the guide.
-        labels: a class for each datum, (N,).
+        labels: of each datum, (N,): classes, which get a marker and a colour each; or more than 10 different numbers,
+            which get a colour on a scale.  NaN and None are drawn in grey.
         names: of the axes, where d = 2.
 
     Raises:
-        ValueError: for fewer than two units.
+        ValueError: for fewer than two units, or another number of labels than of data.
 
     Example:
         >>> latent_map(np.zeros((4, 2)), [0, 0, 1, 1]).axes[0].get_xlabel()
@@ -43,13 +45,22 @@ def latent_map(z: Any, labels: Any = None, *, names: tuple[str, str] = ("unit 0"
         values = centred @ directions[:2].T
     figure, (axis,) = panels(1, width=4.2, height=3.8)
     classes = np.zeros(len(values)) if labels is None else array(labels)
-    for number, label in enumerate(np.unique(classes)):
-        chosen = values[classes == label]
-        axis.plot(
-            *chosen.T, _MARKERS[number % len(_MARKERS)], markersize=3, linestyle="none", alpha=0.7, label=str(label)
-        )
-    if labels is not None:
-        axis.legend(frameon=False, fontsize=7, markerscale=1.5, ncols=2)
+    if classes.shape != values.shape[:1]:
+        raise ValueError(f"labels must be one for each of {len(values)} data, got shape {classes.shape}")
+    absent = np.array([label is None or label != label for label in classes.tolist()], dtype=bool)
+    if absent.any():
+        axis.plot(*values[absent].T, ".", markersize=3, linestyle="none", color="0.7", label="no label")
+    values, classes = values[~absent], classes[~absent]
+    different = np.unique(classes)
+    if classes.dtype.kind in "iuf" and len(different) > _MOST_CLASSES:
+        drawn = axis.scatter(*values.T, c=classes, s=9, alpha=0.8, cmap="viridis")
+        figure.colorbar(drawn, ax=axis)
+    else:
+        for number, label in enumerate(different):
+            marker = _MARKERS[number % len(_MARKERS)]
+            axis.plot(*values[classes == label].T, marker, markersize=3, linestyle="none", alpha=0.7, label=str(label))
+        if labels is not None:
+            axis.legend(frameon=False, fontsize=7, markerscale=1.5, ncols=2)
     axis.set_xlabel(names[0])
     axis.set_ylabel(names[1])
     return figure

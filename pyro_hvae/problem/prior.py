@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pyro.poutine.block_messenger import BlockMessenger
@@ -23,7 +24,12 @@ def prior_guide(model: Program) -> Program:
     Raises:
         ValueError: when it is run, for a latent that can't be drawn, as under an improper prior.
     """
-    return _Prior()(model)
+    return partial(_run_prior, model)  # handlers that wrap a program take its keyword "context" for their own
+
+
+def _run_prior(model: Program, /, *args: Any, **kwargs: Any) -> Any:
+    with _Prior():
+        return model(*args, **kwargs)
 
 
 class _Prior(BlockMessenger):

@@ -12,6 +12,7 @@ import torch
 
 from pyro_hvae.arguments import check_count
 from pyro_hvae.bounds.base import Objective
+from pyro_hvae.notebook import html_table
 from pyro_hvae.problem.reading import read_data
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.arguments import (
@@ -32,7 +33,7 @@ from pyro_hvae.training.directory import RunDirectory
 from pyro_hvae.training.distributed import Ranks, seed_rank
 from pyro_hvae.training.feed import Batch, Feed, as_batch, feed
 from pyro_hvae.training.files import as_directory
-from pyro_hvae.training.history import History
+from pyro_hvae.training.history import History, shown
 from pyro_hvae.training.loop import Run
 from pyro_hvae.training.objective import PairObjective
 from pyro_hvae.training.plan import Data, Records, Steps
@@ -44,9 +45,9 @@ from pyro_hvae.training.step import Autocast, CompiledBatches, EagerStep, make_o
 __all__ = ["Result", "fit", "fit_restarts"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """Result of :func:`fit`.
+    """Result of :func:`fit`.  It prints the numbers of the run, not the programs.
 
     Attributes:
         model, guide: the trained programs.
@@ -64,6 +65,25 @@ class Result:
     stopped: str | None
     averages: Averages | None
     run_dir: Path | None
+
+    def __str__(self) -> str:
+        return "\n".join(["fit", *(f"  {name}: {value}" for name, value in self._facts().items())])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table("Fit", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"steps": str(self.steps)}
+        for key, name in (("loss", "last loss"), ("validation_loss", "last held-out loss")):
+            recorded = [(record["step"], record[key]) for record in self.history if record.get(key) is not None]
+            if recorded:
+                facts[name] = f"{shown(recorded[-1][1])} nats a datum, at step {recorded[-1][0]}"
+        facts["stopped early"] = self.stopped or "no"
+        if self.run_dir is not None:
+            facts["folder"] = str(self.run_dir)
+        return facts
 
 
 def fit(

@@ -10,9 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from pyro_hvae.notebook import html_table
 from pyro_hvae.training.files import write_atomically
 
-__all__ = ["History"]
+__all__ = ["History", "shown"]
+
+_SHOWN = 10
+"""Number of records that a notebook displays."""
 
 Record = dict[str, Any]
 
@@ -114,8 +118,19 @@ class History(Sequence[Record]):
         return iter(self._records)
 
     def __repr__(self) -> str:
-        last = f", last {self._records[-1]}" if self._records else ""
-        return f"History({len(self)} records{last})"
+        last = ", ".join(f"{name} {shown(value)}" for name, value in self._records[-1].items()) if self._records else ""
+        return f"History({len(self)} records{last and f'; last: {last}'})"
+
+    def _repr_html_(self) -> str:
+        names, few = self.names(), self._records[-_SHOWN:]
+        rows = [[shown(record.get(name)) for name in names] for record in few]
+        title = f"History: {len(self)} records" + (f", the last {len(few)}" if len(few) < len(self) else "")
+        return html_table(title, rows, header=names)
+
+
+def shown(value: Any) -> str:
+    """Return a recorded value as text: numbers to six digits, nothing for None."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _plain(record: Record) -> Record:

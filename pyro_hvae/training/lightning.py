@@ -6,6 +6,7 @@ The module minimises what :func:`~pyro_hvae.training.fit` minimises: the objecti
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -34,17 +35,15 @@ INSTALL = "PairModule needs Lightning: pip install 'pyro-hvae[distributed]'"
 
 def _base() -> Any:
     """Return Lightning's module class, of the package that is imported already if there is one; None without one."""
-    try:
-        if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
-            from pytorch_lightning import LightningModule
-        else:
-            from lightning.pytorch import LightningModule
-    except ImportError:
+    packages = ["lightning.pytorch", "pytorch_lightning"]
+    if "lightning.pytorch" not in sys.modules and "pytorch_lightning" in sys.modules:
+        packages.reverse()
+    for package in packages:
         try:
-            from pytorch_lightning import LightningModule
+            return importlib.import_module(package).LightningModule
         except ImportError:
-            return None
-    return LightningModule
+            continue
+    return None
 
 
 class _Missing:

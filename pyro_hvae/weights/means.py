@@ -106,9 +106,9 @@ def check_weights(log_weights: Tensor, dim: int = 0) -> None:
     for bad, what in (
         (
             top.isnan() | (top == torch.inf),
-            "have a log-weight that is NaN or +inf (an improper posterior, or a density without a bound)",
+            "a log-weight that is NaN or +inf (an improper posterior, or a density without a bound)",
         ),
-        (top == -torch.inf, "have no draw with a positive weight (log p(x, z) is -inf at every draw)"),
+        (top == -torch.inf, "no draw with a positive weight (log p(x, z) is -inf at every draw)"),
     ):
         if bool(bad.any()):
             first = tuple(int(i) for i in bad.nonzero()[0])
@@ -117,7 +117,8 @@ def check_weights(log_weights: Tensor, dim: int = 0) -> None:
             invalid = (draws.isnan() | (draws == torch.inf)).nonzero()
             if len(invalid):
                 where += f"{',' if where else ';'} at draw {int(invalid[0])}"
-            raise ValueError(f"{int(bad.sum())} of {bad.numel()} data {what}{where}")
+            who = f"{int(bad.sum())} of {bad.numel()} data have" if bad.dim() else "the whole posterior has"
+            raise ValueError(f"{who} {what}{where}")
 
 
 def _count(log_weights: Tensor, dim: int, least: int) -> int:

@@ -84,12 +84,12 @@ def test_a_guide_four_times_too_wide_has_good_weights_and_wrong_draws(model, mak
     x = 2**0.5 * torch.randn(30) if model is local else torch.randn(()) + torch.randn(30)  # as the model makes them
     report = diagnose(model, make(4.0), x)
     (wrong,) = whats(report, "wrong")
-    assert wrong.startswith("the draws as they are: sd of z 4")
-    assert any(what.startswith("k-hat of ") for what in whats(report, "good"))
+    assert wrong.startswith("the draws: sd of z 4")
+    assert any(what.startswith("the draws once weighted: k-hat of ") for what in whats(report, "good"))
     assert report.numbers["draws"]["z"]["off"] == (30 if model is local else 1)
     exact = diagnose(model, make(1.0), x)
     assert not whats(exact, "wrong") + whats(exact, "doubtful"), str(exact)
-    assert any(what.startswith("the draws as they are: means within") for what in whats(exact, "good"))
+    assert any(what.startswith("the draws: means within") for what in whats(exact, "good"))
 
 
 @pytest.mark.parametrize(("freedom", "scale"), [(1.0, 1.3), (3.0, 1.13)])
@@ -139,13 +139,45 @@ def exact_pair(shift=0.0, factor=1.0, size=3):
     [(0.04, 1.0, "good"), (0.2, 1.0, "doubtful"), (0.0, 1.06, "good"), (0.0, 1.25, "doubtful"), (1.5, 2.0, "wrong")],
 )
 def test_verdict_on_draws_on_both_sides_of_the_accuracy(shift, factor, level):
-    (found,) = [f for f in diagnose(*exact_pair(shift, factor), num_draws=4000).findings if "draws as they" in f.what]
+    report = diagnose(*exact_pair(shift, factor), num_draws=4000)
+    (found,) = [f for f in report.findings if f.what.startswith("the draws: ")]
     assert found.level == level, found
+
+
+def test_the_report_has_the_sd_of_the_draws_against_that_of_the_weighted_draws():
+    torch.manual_seed(0)
+    report = diagnose(*exact_pair(0.3, 1.5), num_draws=4000)
+    table = report.tables()["the draws against the draws once weighted"]
+    assert abs(table.loc["z", "sd / weighted sd"] - 1.5) < 0.1
+    assert abs(table.loc["z", "mean off by (sd)"] - 0.3) < 0.15
+    assert table.loc["z", ["entries off", "entries"]].tolist() == [3, 3]
+    assert "the draws against the draws once weighted" in str(report)
+
+
+def test_draws_are_not_judged_by_bad_weights():
+    report = diagnose(shared, shared_guide(0.1), torch.randn(40), num_draws=1000)
+    assert report.worst in ("wrong", "doubtful")
+    assert any(what.startswith("the draws: not compared") for what in whats(report, "note")), str(report)
+    assert list(report.tables()) == []
+
+
+def test_advice_on_leave_one_out_is_about_its_cause():
+    """A guide that is too narrow has bad weights for all data; an exact one has them for an outlier alone."""
+    x = torch.randn(20)
+    (poor,) = [f for f in diagnose(shared, shared_guide(0.1), x).findings if f.what.startswith("leave-one-out")]
+    assert "k-hat above" in poor.what
+    assert poor.advice == "first a better guide, as above"
+    (good,) = [f for f in diagnose(shared, shared_guide(1.0), x).findings if f.what.startswith("leave-one-out")]
+    assert "k-hat above" not in good.what
+    x = torch.cat([torch.zeros(20), torch.tensor([20.0])])
+    (outlier,) = [f for f in diagnose(shared, shared_guide(1.0), x).findings if f.what.startswith("leave-one-out")]
+    assert "for 1 of 21 data" in outlier.what, outlier
+    assert "longer tails" in outlier.advice
 
 
 def test_too_few_draws_to_tell_are_said():
     """The guide is off by just the accuracy, which no number of draws decides."""
-    (found,) = [f for f in diagnose(*exact_pair(0.1), num_draws=400).findings if "draws as they" in f.what]
+    (found,) = [f for f in diagnose(*exact_pair(0.1), num_draws=400).findings if f.what.startswith("the draws: ")]
     assert found.level == "note"
     assert "400 draws do not tell" in found.meaning
 
@@ -188,9 +220,9 @@ def test_a_global_latent_is_judged_beside_the_data():
             pyro.sample("z", dist.Normal((g + x) / 2, 0.5**0.5))
 
     report = diagnose(model, guide, torch.randn(6))
-    assert any(what.startswith("k-hat of each datum given g: 0 of 6") for what in whats(report, "good"))
+    assert any("weighted: k-hat of each datum given g: 0 of 6" in what for what in whats(report, "good"))
     bad = whats(report, "wrong") + whats(report, "doubtful")
-    assert any(what.startswith("k-hat of the whole posterior") for what in bad)
+    assert any(what.startswith("the draws once weighted: k-hat of the whole posterior") for what in bad)
 
 
 # --- trees
@@ -203,7 +235,7 @@ def test_a_tree_is_judged_as_its_programs_are(tmp_path):
     with xr.open_datatree(tmp_path / "draws.nc") as again:
         report = diagnose(again)
     assert report.worst == "wrong"
-    assert report.findings[0].what.startswith("k-hat of each datum")
+    assert report.findings[0].what.startswith("the draws once weighted: k-hat of each datum")
     assert set(report.numbers) >= {"khat", "elbo", "ess", "draws", "predictive"}
     sets = {tuple(finding.what.split(" ")[:3]) for finding in report.findings}
     assert sets <= {tuple(f.what.split(" ")[:3]) for f in diagnose(local, local_guide(0.35), x).findings}
@@ -330,3 +362,14 @@ def test_looking_changes_nothing_also_after_an_error(verb, fails_at):
     after, found = state()
     assert found == switches
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_conditional_pair_is_judged_with_its_context():
+    """Pyro's handlers take the keyword ``context`` for their own when they wrap a program."""
+    model, guide = ph.vae(6, 2, hidden=(4,), context_dim=3)
+    x, context = torch.bernoulli(torch.full((20, 6), 0.5)), torch.eye(3).repeat(7, 1)[:20]
+    report = diagnose(model, guide, x, context=context, num_draws=100, calibration=True)
+    assert "layers" in report.numbers
+    found = ph.log_evidence(model, None, x, context=context, method="prior", num_samples=2000)
+    by_guide = ph.log_evidence(model, guide, x, context=context, num_samples=2000)
+    assert ((found.value - by_guide.value).abs() < 5 * (found.stderr**2 + by_guide.stderr**2).sqrt()).all()

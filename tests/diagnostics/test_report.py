@@ -37,7 +37,7 @@ def test_a_narrow_guide_is_wrong_in_words():
 
     report = ph.diagnose(model, narrow, torch.randn(60), calibration=True, evidence={"num_chains": 8, "betas": 30})
     assert report.worst == "wrong"
-    assert report.findings[0].what.startswith("k-hat of each datum")
+    assert report.findings[0].what.startswith("the draws once weighted: k-hat of each datum")
     assert "posterior_gap" in report.findings[0].advice
     assert "z draws too narrow" in next(what for what in whats(report) if what.startswith("calibration"))
     bracket = next(finding for finding in report.findings if finding.what.startswith("log p(x) between"))

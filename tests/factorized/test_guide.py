@@ -221,8 +221,8 @@ def test_what_is_refused(fit, model, options, message):
     ("call", "message"),
     [
         (lambda: forward_kl(plain, X, num_samples=10), "at least 100 draws, got num_samples=10"),
-        (lambda: forward_kl(impossible, X), "1 of 1 data have no draw with a positive weight"),
-        (lambda: forward_kl(broken, X), "1 of 1 data have a log-weight that is NaN"),
+        (lambda: forward_kl(impossible, X), "the whole posterior has no draw with a positive weight"),
+        (lambda: forward_kl(broken, X), "the whole posterior has a log-weight that is NaN"),
         (lambda: reverse_kl(broken, X, start={"b": 6.0}), r"the ELBO is nan at step \d"),
         (lambda: reverse_kl(plain, X, num_steps=0), "need num_steps >= 1"),
         (lambda: reverse_kl(plain, X, start={"c": 0.0}), "start names 'c', which is no latent site"),
