@@ -480,6 +480,11 @@ def uniform_noise() -> Pair:
     return noised("uniform", 2)
 
 
+@pair
+def ordinal_noise() -> Pair:
+    return noised("ordinal", 2)
+
+
 # Chains in chains
 
 
