@@ -11,6 +11,7 @@ from pyro_hvae.diffusion.denoising import BinnedGaussian, DenoisingChain
 from pyro_hvae.diffusion.discrete import DiscreteDenoisingChain, DiscreteDiffusion
 from pyro_hvae.diffusion.inpainting import inpaint
 from pyro_hvae.diffusion.likelihood import FlowLikelihood, dequantised_log_likelihood, flow_log_likelihood
+from pyro_hvae.diffusion.multivariate import MeanLevel, PolynomialSchedule
 from pyro_hvae.diffusion.ordinal import Ordinal
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
 from pyro_hvae.diffusion.process import Diffusion, Noising
@@ -35,9 +36,11 @@ __all__ = [
     "FlowLikelihood",
     "LearnedSchedule",
     "LinearSchedule",
+    "MeanLevel",
     "MonotoneSchedule",
     "Noising",
     "Ordinal",
+    "PolynomialSchedule",
     "PowerReplacement",
     "ReplacementSchedule",
     "ReverseVariance",
