@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pyro_hvae import distributions
 from pyro_hvae.arguments import check_choice
+from pyro_hvae.diffusion.levels import broadcast_level, check_event_shape
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
-from pyro_hvae.diffusion.process import Noising, broadcast_level, check_event_shape
+from pyro_hvae.diffusion.process import Noising
 from pyro_hvae.diffusion.reverse import ReverseChain
 from pyro_hvae.diffusion.schedules import Schedule
 from pyro_hvae.diffusion.variance import ReverseVariance

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from pyro_hvae.diffusion.denoising import DenoisingChain
-from pyro_hvae.diffusion.process import Noising, check_one_gamma
+from pyro_hvae.diffusion.levels import check_one_gamma
+from pyro_hvae.diffusion.process import Noising
 from pyro_hvae.distributions.levels import Levels, check_levels
 
 __all__ = ["FlowLikelihood", "dequantised_log_likelihood", "flow_log_likelihood"]

@@ -168,4 +168,3 @@ def _rows(moves: Tensor, z: Tensor, count: int) -> Tensor:
     lead = torch.broadcast_shapes(moves.shape[:-1], z.shape)
     moves, near, far = (part.expand(*lead, part.shape[-1]) for part in (moves, near, far))
     return torch.logaddexp(torch.gather(moves, -1, near), torch.gather(moves, -1, far))
-

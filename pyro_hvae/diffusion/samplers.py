@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from pyro_hvae.arguments import check_count, check_number
 from pyro_hvae.diffusion.denoising import DenoisingChain
-from pyro_hvae.diffusion.process import Noising, check_one_gamma
+from pyro_hvae.diffusion.levels import check_one_gamma
+from pyro_hvae.diffusion.process import Noising
 
 __all__ = ["ddim", "dpm_solver", "guided", "probability_flow"]
 

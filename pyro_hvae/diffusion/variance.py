@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyro_hvae.diffusion.process import Noising, broadcast_level, check_one_gamma
+from pyro_hvae.diffusion.levels import broadcast_level, check_one_gamma
+from pyro_hvae.diffusion.process import Noising
 
 if TYPE_CHECKING:
     from pyro_hvae.diffusion.denoising import DenoisingChain

@@ -25,7 +25,7 @@ from pyro_hvae.diffusion import (
     inpaint,
     probability_flow,
 )
-from pyro_hvae.models import vdm
+from pyro_hvae.models import latent_diffusion, vdm
 from pyro_hvae.nn import DenoisingMLP
 from pyro_hvae.training.compile import trace
 from pyro_hvae.training.compile.graph import split_batch
@@ -352,6 +352,21 @@ def test_the_ends_cost_what_each_entry_says():
     )
     torch.testing.assert_close(ends[0], slope[1], atol=1e-12, rtol=0)
     torch.testing.assert_close(ends[1], slope[1] * torch.sigmoid(schedule.ends[1]), atol=1e-12, rtol=0)
+
+
+def test_a_context_reaches_a_diffusion_that_is_nested():
+    """The prior of a VAE's latent, whose path depends on the context: one expectation under both bounds."""
+    schedule = PolynomialSchedule((2,), -4.0, 3.0, context_features=3, hidden=8)
+    with torch.no_grad():
+        schedule.net[-1].weight.mul_(60.0)
+    parts = {"encoder": ph.Gaussian(nn.Linear(7, 4)), "decoder": ph.Gaussian(nn.Linear(5, 8))}
+    model, guide = latent_diffusion(Contextual(), latent_shape=2, num_layers=4, schedule=schedule, **parts)
+    x, context = torch.randn(4).expand(8000, 4), torch.tensor([1.0, -0.5, 0.2]).expand(8000, 3)
+    chain, few = (bound.per_datum(model, guide, x, context=context) for bound in (ph.TraceELBO(), DiffusionELBO(2)))
+    error = ((chain.var() + few.var()) / 8000).sqrt()
+    assert abs(chain.mean() - few.mean()) < 4 * error
+    other = DiffusionELBO(2).per_datum(model, guide, x, context=-context)
+    assert abs(other.mean() - few.mean()) > 8 * error
 
 
 # Training
