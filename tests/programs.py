@@ -535,12 +535,12 @@ class Coupled(nn.Module):
 
 @pair
 def entrywise_noise() -> Pair:
-    """A diffusion of three layers with a learned gamma for each of two entries; the evidence by moments."""
-    schedule = PolynomialSchedule((2,), -1.0, 2.0)
+    """A diffusion of two layers with a learned gamma for each of two entries; the evidence by moments."""
+    schedule = PolynomialSchedule((2,), -1.0, 1.0)
     with torch.no_grad():
         schedule.start += torch.tensor([[0.5, -0.5], [0.3, 0.0], [0.0, 0.4]])
         schedule.ends += torch.tensor([[0.2, -0.2], [0.0, 0.3]])
-    model, guide = vdm(Coupled(), event_shape=2, num_layers=3, schedule=schedule)
+    model, guide = vdm(Coupled(), event_shape=2, num_layers=2, schedule=schedule)
     x, mean, covariance = torch.randn(4, 2), torch.zeros(2), torch.eye(2)
     with torch.no_grad():
         for _, kernel, _ in list(model.steps())[1:]:

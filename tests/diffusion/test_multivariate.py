@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pyro
 import pytest
 import torch
 from torch import nn
@@ -18,111 +17,28 @@ from pyro_hvae.diffusion import (
     Noising,
     PolynomialSchedule,
     ReverseVariance,
-    Schedule,
-    ddim,
-    dpm_solver,
-    flow_log_likelihood,
-    inpaint,
-    probability_flow,
 )
 from pyro_hvae.models import latent_diffusion, vdm
 from pyro_hvae.nn import DenoisingMLP
-from pyro_hvae.training.compile import trace
-from pyro_hvae.training.compile.graph import split_batch
-from pyro_hvae.training.objective import PairObjective
-
-LOW, HIGH = (torch.tensor(ends, dtype=torch.float64) for ends in ((-5.0, -3.0), (3.0, 4.0)))
-COVARIANCE = torch.tensor([[1.5, 0.9], [0.9, 0.8]], dtype=torch.float64)
-WRONG = torch.tensor([[1.5, -0.6], [-0.6, 0.8]], dtype=torch.float64)
-PATHS = {  # shares of the way of both entries, with their slopes
-    "straight": (lambda t: (t, t), lambda t: (t**0, t**0)),
-    "first early": (lambda t: (2 * t - t**2, t**3), lambda t: (2 - 2 * t, 3 * t**2)),
-    "second early": (lambda t: (t**2, 1 - (1 - t) ** 4), lambda t: (2 * t, 4 * (1 - t) ** 3)),
-    "straight, later": (lambda t: (t**3, t**3), lambda t: (3 * t**2, 3 * t**2)),
-    "second early, later": (lambda t: (t**6, 1 - (1 - t**3) ** 4), None),
-}
-
-
-class Path(Schedule):
-    """One of PATHS."""
-
-    event_shape = (2,)
-
-    def __init__(self, name):
-        super().__init__()
-        self.name = name
-
-    def forward(self, t):
-        low, high = LOW.to(t), HIGH.to(t)
-        return low + (high - low) * torch.stack(PATHS[self.name][0](t), -1)
-
-
-class Gaussian(nn.Module):
-    """E[x | z] for x ~ N(0, covariance) and a gamma for each entry."""
-
-    def __init__(self, covariance):
-        super().__init__()
-        self.covariance = covariance
-
-    def forward(self, z, gamma):
-        snr, y = torch.exp(-gamma), z / Noising(gamma).alpha
-        precision = torch.linalg.inv(self.covariance) + torch.diag_embed(snr)
-        return torch.linalg.solve(precision, (snr * y)[..., None])[..., 0]
-
-
-class Levelled(Gaussian):
-    """The same, which takes the mean of the gammas for that of both entries: no E[x | z] of any data."""
-
-    def forward(self, z, gamma):
-        y = z / Noising(gamma).alpha
-        mean = gamma.mean(-1, keepdim=True).expand(gamma.shape)
-        return super().forward(Noising(mean).alpha * y, mean)
-
-
-class Separate(nn.Module):
-    """E[x_i | z_i] for entries of variance 1.5 and 0.8, which says nothing of the others."""
-
-    def forward(self, z, gamma):
-        snr, variance = torch.exp(-gamma), torch.tensor([1.5, 0.8])
-        return variance * snr / (1 + variance * snr) * z / Noising(gamma).alpha
-
-
-def pair(denoiser, schedule, num_layers=None):
-    return vdm(denoiser, event_shape=2, num_layers=num_layers, schedule=schedule, parameterisation="x0")
-
-
-def cubature(dim):
-    """Points of equal weight with which quadratic functions of N(0, I) have their mean."""
-    return torch.cat([torch.eye(dim), -torch.eye(dim)]) * dim**0.5
-
-
-def expected(model, guide, s, t, x=None):
-    """Mean of a layer's divergence (or for s = None its rate), over the noise and x ~ N(0, COVARIANCE) or given x."""
-    points = cubature(4 if x is None else 2)
-    data = points[:, 2:] @ torch.linalg.cholesky(COVARIANCE).T if x is None else x.expand(len(points), 2)
-    marginal = guide.marginal(t, data)
-    z = marginal.mean + marginal.stddev * points[:, :2]
-    return model.matching(s, t, z, data).mean()
-
-
-def integrated(model, guide, x=None, points=80):
-    """The denoising matching in continuous time, by quadrature over times."""
-    nodes, weights = np.polynomial.legendre.leggauss(points)
-    times = zip(torch.tensor((nodes + 1) / 2), torch.tensor(weights / 2), strict=True)
-    return sum(width * expected(model, guide, None, t, x) for t, width in times)
-
-
-def errors(gamma):
-    """Mean square of eps - epshat by entry, of Levelled(COVARIANCE), from moments."""
-    believed, snr = torch.exp(-gamma.mean()), torch.exp(-gamma)
-    gain = believed * torch.linalg.inv(torch.linalg.inv(COVARIANCE) + believed * torch.eye(2))
-    rest = gain - torch.eye(2)
-    return snr * (rest @ COVARIANCE @ rest.T + gain @ torch.diag(1 / snr) @ gain.T).diagonal()
-
-
-def mean_and_error(draws):
-    return draws.mean(0), draws.std(0) / len(draws) ** 0.5
-
+from tests.diffusion.entrywise import (
+    COVARIANCE,
+    HIGH,
+    LOW,
+    PATHS,
+    WRONG,
+    Bent,
+    Contextual,
+    Gaussian,
+    Levelled,
+    Path,
+    Separate,
+    contextual,
+    errors,
+    expected,
+    integrated,
+    mean_and_error,
+    pair,
+)
 
 # The process
 
@@ -222,20 +138,6 @@ def test_the_path_of_another_denoiser_matters_and_the_speed_along_it_does_not():
     assert abs(found["straight"] - found["second early"]) > 0.05
 
 
-class Bent(Schedule):
-    """LOW + (HIGH - LOW) (t + w (t^2 - t)), with a learned w for each entry, and the slope by differentiation."""
-
-    event_shape = (2,)
-
-    def __init__(self):
-        super().__init__()
-        self.bend = nn.Parameter(torch.tensor([0.3, -0.4]))
-
-    def forward(self, t):
-        t = t.unsqueeze(-1)
-        return LOW + (HIGH - LOW) * (t + self.bend * (t**2 - t))
-
-
 def test_the_gradient_in_the_path_is_that_of_the_line_integral():
     schedule = Bent()
     (found,) = torch.autograd.grad(integrated(*pair(Levelled(COVARIANCE), schedule)), schedule.bend)
@@ -270,28 +172,6 @@ def test_finitely_many_layers_have_the_sum_over_entries():
 
 
 # Estimates
-
-
-class Contextual(nn.Module):
-    """A wrong denoiser that looks at z, gamma and the context."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(7, 2)
-
-    def forward(self, z, gamma, context):
-        context = context.expand(*z.shape[:-1], context.shape[-1])
-        return 0.5 * self.layer(torch.cat([z, gamma / 5, context], -1))
-
-
-def contextual(num_layers):
-    torch.manual_seed(1)
-    schedule = PolynomialSchedule((2,), -4.0, 3.0, context_features=3, hidden=8)
-    with torch.no_grad():
-        schedule.net[-1].weight.mul_(60.0)
-        schedule.ends += 0.3 * torch.randn(2, 2)
-    model, guide = vdm(Contextual(), event_shape=2, num_layers=num_layers, schedule=schedule)
-    return model, guide
 
 
 @pytest.mark.parametrize(("sampling", "layers"), [("uniform", 1), ("antithetic", 4), ("importance", 2)])
@@ -367,178 +247,3 @@ def test_a_context_reaches_a_diffusion_that_is_nested():
     assert abs(chain.mean() - few.mean()) < 4 * error
     other = DiffusionELBO(2).per_datum(model, guide, x, context=-context)
     assert abs(other.mean() - few.mean()) > 8 * error
-
-
-# Training
-
-
-@pytest.mark.parametrize("route", ["svi", "module"])
-@pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("num_layers", [5, None])
-@pytest.mark.parametrize("features", [0, 3])
-def test_every_parameter_of_the_schedule_trains(route, local, num_layers, features):
-    schedule = PolynomialSchedule((2,), -5.0, 3.0, context_features=features, hidden=4)
-    net = MeanLevel(DenoisingMLP(2, hidden=8, context_features=features))
-    x = torch.randn(16, 2)
-    keywords = {"context": torch.randn(16, 3)} if features else {}
-    with pyro.settings.context(module_local_params=local):
-        model, guide = vdm(net, event_shape=2, num_layers=num_layers, schedule=schedule)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        bounds = [DiffusionELBO()] if num_layers is None else [DiffusionELBO(), ph.TraceELBO()]
-        for bound in bounds:
-            if route == "svi":
-                svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), bound)
-                for _ in range(2):
-                    svi.step(x, **keywords)
-            else:
-                objective = bound(model, guide)
-                optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2)
-                for _ in range(2):
-                    optimizer.zero_grad()
-                    objective(x, **keywords).backward()
-                    optimizer.step()
-    assert sum(name.startswith("schedule.") for name in before) == (5 if features else 2)
-    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
-
-
-def test_training_finds_the_best_path():
-    """Between fixed ends the inside has the bound's own gradient; no path beats that on which the denoiser is exact."""
-    schedule = PolynomialSchedule((2,), -4.0, 3.0, learn_ends=False)
-    with torch.no_grad():
-        schedule.start += torch.tensor([[1.0, -1.0], [0.5, -1.0], [-0.5, 1.0]])
-    model, guide = pair(Levelled(COVARIANCE), schedule)
-    first, last = (0.5 * torch.logdet(torch.eye(2) + COVARIANCE * math.exp(-gamma)) for gamma in (-4.0, 3.0))
-    best = first - last
-    before = integrated(model, guide).item()
-    optimizer = torch.optim.Adam(schedule.parameters(), lr=0.05)
-    for _ in range(30):
-        optimizer.zero_grad()
-        integrated(model, guide, points=20).backward()
-        optimizer.step()
-    after = integrated(model, guide).item()
-    assert before > best + 0.1
-    assert best - 1e-9 < after < best + 0.2 * (before - best)
-    x = torch.randn(64, 2) @ torch.linalg.cholesky(COVARIANCE).T
-    ph.fit(model, guide, x, bound=DiffusionELBO(), steps=3, batch_size=16, progress=False)
-
-
-@pytest.mark.parametrize("num_layers", [5, None])
-def test_a_step_is_one_graph(num_layers):
-    model, guide = contextual(num_layers)
-    inputs = {"context": torch.randn(4, 3)}
-    x = torch.randn(4, 2)
-    objective = PairObjective(DiffusionELBO(), model, guide, (x,), inputs, None)
-    flat = trace(objective, list(objective.parameters()), (x,), inputs)
-    torch.manual_seed(3)
-    found = flat(*split_batch((x,), inputs)[0])
-    torch.manual_seed(3)
-    loss = objective(x, **inputs)
-    torch.testing.assert_close(found[0], loss.detach())
-    for one, other in zip(found[1:], torch.autograd.grad(loss, flat.trained), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-8)
-
-
-# Schedules
-
-
-def test_a_polynomial_increases_between_its_ends_and_has_its_slope():
-    schedule = PolynomialSchedule((2, 3), -6.0, 4.0, context_features=2, hidden=8)
-    context, t = torch.randn(5, 2), torch.linspace(0.0, 1.0, 41)
-    with torch.no_grad():
-        schedule.net[-1].weight.mul_(200.0)
-    bound = schedule.given(context)
-    gamma = torch.stack(bound.layers(t))
-    assert gamma.shape == (41, 5, 2, 3)
-    assert (gamma.diff(dim=0) > 0).all()
-    assert gamma[20].std() > 0.3
-    torch.testing.assert_close(gamma[0], torch.full((5, 2, 3), -6.0))
-    torch.testing.assert_close(gamma[-1], torch.full((5, 2, 3), 4.0))
-    times = torch.rand(7, 5)
-    assert bound(times).shape == bound.derivative(times).shape == (7, 5, 2, 3)
-    torch.testing.assert_close(bound.derivative(times), Schedule.derivative(bound, times), atol=1e-10, rtol=1e-10)
-    assert schedule.given(torch.randn(6, 5, 2))(times[0]).shape == (6, 5, 2, 3)
-
-
-def test_slopes_by_differentiation_are_those_of_the_entries():
-    t, step = torch.tensor([0.2, 0.5, 0.9]), 1e-6
-    for schedule in (Path("first early"), Bent()):
-        numeric = (schedule(t + step) - schedule(t - step)) / (2 * step)
-        torch.testing.assert_close(schedule.derivative(t), numeric, atol=1e-7, rtol=0)
-        with torch.no_grad():
-            torch.testing.assert_close(schedule.derivative(t), numeric, atol=1e-7, rtol=0)
-
-
-class Misshapen(Path):
-    def forward(self, t):
-        return super().forward(t)[..., :1]
-
-
-def test_wrong_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"must have shape \(1001, 2\); got \(1001, 3\)"):
-        MonotoneSchedule(lambda t: torch.stack([t, t, t], -1), event_shape=(2,))
-    with pytest.raises(ValueError, match=r"t = 0\.0010 entry \(1,\) it is -0\.001 after -?0"):
-        MonotoneSchedule(lambda t: torch.stack([t, -t], -1), event_shape=(2,))
-    with pytest.raises(ValueError, match=r"data of shape \(2,\), and the diffusion has event_shape=\(3,\)"):
-        vdm(nn.Identity(), event_shape=3, num_layers=4, schedule=Path("straight"))
-    with pytest.raises(ValueError, match=r"data of shape \(2,\), and the diffusion has event_dim=2"):
-        Diffusion(Path("straight"), 4, event_dim=2)
-    with pytest.raises(ValueError, match=r"must return gamma of shape .* got gamma of shape \(1,\)"):
-        Diffusion(Misshapen("straight"), 4)(torch.zeros(5, 2))
-    with pytest.raises(ValueError, match=r"data of shape \(5, 3\)"):
-        Diffusion(Path("straight"), 4)(torch.zeros(5, 3))
-    for shape in ((), (0,)):
-        with pytest.raises(ValueError, match="event_shape must have sizes"):
-            PolynomialSchedule(shape)
-    model, guide = contextual(4)
-    x = torch.zeros(5, 2)
-    for bound in (DiffusionELBO(), ph.TraceELBO()):
-        with pytest.raises(ValueError, match="depends on a context of 3 features: call the programs with context="):
-            bound.per_datum(model, guide, x)
-        with pytest.raises(ValueError, match=r"a context \(\.\.\., 3\), got \(5, 2\)"):
-            bound.per_datum(model, guide, x, context=torch.zeros(5, 2))
-    other = Diffusion(PolynomialSchedule((2,), -4.0, 2.0, context_features=3), 4)
-    with pytest.raises(ValueError, match=r"for the first of entries of shape .*one process for both"):
-        DiffusionELBO().per_datum(model, other, x, context=torch.zeros(5, 3))
-    with pytest.raises(ValueError, match="one process for both"):
-        DiffusionELBO().per_datum(model, Diffusion(LinearSchedule(-4.0, 3.0), 4), x, context=torch.zeros(5, 3))
-    one, _ = pair(Gaussian(COVARIANCE), Path("straight"))
-    for call in (
-        lambda: flow_log_likelihood(one, x),
-        lambda: probability_flow(one, 2, rtol=1e-3),
-        lambda: ReverseVariance().calibrate(one, x),
-    ):
-        with pytest.raises(ValueError, match="follows one noise level, and the schedule Path"):
-            call()
-
-
-# Draws
-
-
-@pytest.mark.parametrize("name", ["straight", "first early"])
-def test_samplers_draw_the_data_of_the_exact_denoiser(name):
-    low, high = torch.tensor([-9.0, -8.0]), torch.tensor([9.0, 8.0])
-    schedule = MonotoneSchedule(lambda t: low + (high - low) * torch.stack(PATHS[name][0](t), -1), event_shape=(2,))
-    model, _ = pair(Gaussian(COVARIANCE), schedule)
-    for sample in (
-        lambda: ddim(model, 8000, num_steps=400, eta=0.5),
-        lambda: probability_flow(model, 8000, num_steps=60),
-        lambda: dpm_solver(model, 8000, num_steps=60),
-    ):
-        torch.manual_seed(0)
-        draws = sample()
-        error = ((COVARIANCE**2 + COVARIANCE.diagonal()[:, None] * COVARIANCE.diagonal()) / 8000).sqrt()
-        assert ((draws.T.cov() - COVARIANCE).abs() < 4.5 * error + 0.02).all()
-
-
-def test_missing_entries_and_draws_with_a_context():
-    model, guide = contextual(6)
-    x, context = torch.randn(5, 2), torch.randn(5, 3)
-    mask = torch.tensor([[True, False]]).expand(5, 2)
-    drawn = inpaint(model, guide, x, mask, num_particles=4, context=context)
-    assert torch.equal(drawn[:, 0], x[:, 0])
-    assert model(size=5, context=context).shape == (5, 2)
-    for sample in (ddim, probability_flow, dpm_solver):
-        assert sample(model, 5, num_steps=4, context=context).shape == (5, 2)
-    tree = ph.to_datatree(model, guide, x, context=context, num_draws=10)
-    assert tree["posterior"]["z6"].shape[1:] == (10, 5, 2)
-    assert ph.SMCBound(8).per_datum(model, guide, x, context=context).shape == (5,)
