@@ -21,9 +21,9 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor, nn
 
 from pyro_hvae.chains import BottomUp, Ladder, TopDown
-from pyro_hvae.diffusion import LinearSchedule
+from pyro_hvae.diffusion import LinearSchedule, PolynomialSchedule
 from pyro_hvae.kernels import Bernoulli, Gaussian, StandardNormal, Transition
-from pyro_hvae.models import discrete_diffusion, latent_diffusion
+from pyro_hvae.models import discrete_diffusion, latent_diffusion, vdm
 from tests.diffusion.categories import Linear, model_evidence
 from tests.linear_gaussian import Oracle, linear_gaussian
 from tests.pair import PAIRS, Pair, build, draw_weights, pair, parameters, reference_weights
@@ -480,6 +480,11 @@ def uniform_noise() -> Pair:
     return noised("uniform", 2)
 
 
+@pair
+def ordinal_noise() -> Pair:
+    return noised("ordinal", 2)
+
+
 # Chains in chains
 
 
@@ -515,6 +520,35 @@ def latent_noise() -> Pair:
             mean, variance = slope * mean + offset, slope**2 * variance + noise
     evidence = normal(x, mean, variance.sqrt()).squeeze(-1)
     return Pair(model, guide, (x,), log_evidence=evidence)
+
+
+class Coupled(nn.Module):
+    """A denoiser of two entries that is affine in z, with a gamma for each entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, z: Tensor, gamma: Tensor) -> Tensor:
+        return self.layer(torch.cat([z, gamma / 10], -1))
+
+
+@pair
+def entrywise_noise() -> Pair:
+    """A diffusion of two layers with a learned gamma for each of two entries; the evidence by moments."""
+    schedule = PolynomialSchedule((2,), -1.0, 1.0)
+    with torch.no_grad():
+        schedule.start += torch.tensor([[0.5, -0.5], [0.3, 0.0], [0.0, 0.4]])
+        schedule.ends += torch.tensor([[0.2, -0.2], [0.0, 0.3]])
+    model, guide = vdm(Coupled(), event_shape=2, num_layers=2, schedule=schedule)
+    x, mean, covariance = torch.randn(4, 2), torch.zeros(2), torch.eye(2)
+    with torch.no_grad():
+        for _, kernel, _ in list(model.steps())[1:]:
+            at_0, at_basis = kernel(torch.zeros(1, 2)), kernel(torch.eye(2))
+            slope = (at_basis.mean - at_0.mean).T
+            mean = slope @ mean + at_0.mean[0]
+            covariance = slope @ covariance @ slope.T + torch.diag(at_0.variance.expand(1, 2)[0])
+    return Pair(model, guide, (x,), log_evidence=gaussian(x - mean, covariance))
 
 
 # AutoGuides

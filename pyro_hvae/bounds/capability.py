@@ -19,6 +19,7 @@ __all__ = [
     "check_data",
     "check_same_process",
     "data_of",
+    "given_context",
     "layer_times",
 ]
 
@@ -31,6 +32,7 @@ class Reversible(Protocol):
 
     Its optional method ``time(index)`` gives the times of layers 1, ..., T, as numbers or tensors; without it they are
     equally spaced from 0 to 1.  An optional ``noise`` names the kind of noise; that of the model is compared with it.
+    An optional method ``given(context)`` returns the process of data with this context, where noise depends on it.
     """
 
     num_layers: int | None
@@ -106,7 +108,12 @@ def layer_times(q: Any, index: Any) -> Any:
     return (index - 1) / (q.num_layers - 1) if q.num_layers > 1 else index
 
 
-def check_same_process(p: Any, q: Any) -> None:
+def given_context(q: Any, context: Any) -> Any:
+    """Return a process, or a noise schedule, of data with this context; one that does not depend on it is the same."""
+    return q.given(context) if hasattr(q, "given") else q
+
+
+def check_same_process(p: Any, q: Any, context: Any = None) -> None:
     """Refuse a model and a guide of different diffusions: other noise, noise schedules, or numbers of layers.
 
     Two schedule objects are compared at five times, which synchronises with their device; one shared object is not
@@ -115,6 +122,7 @@ def check_same_process(p: Any, q: Any) -> None:
     Args:
         p: the model, as ``visit`` gets it.
         q: the guide, as ``visit`` gets it.
+        context: of the call, for schedules that depend on it.
 
     Raises:
         ValueError: naming both sides and what to write.
@@ -136,8 +144,9 @@ def check_same_process(p: Any, q: Any) -> None:
     if schedules[0] is schedules[1] or None in schedules:
         return
     with torch.no_grad():
-        model_gamma, guide_gamma = (_gammas(schedule) for schedule in schedules)
-    if not torch.allclose(model_gamma, guide_gamma, rtol=1e-4, atol=1e-4):
+        model_gamma, guide_gamma = (_gammas(given_context(schedule, context)) for schedule in schedules)
+    same = model_gamma.shape == guide_gamma.shape
+    if not same or not torch.allclose(model_gamma, guide_gamma, rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"the model's schedule ({schedules[0]!r}) is {_listed(model_gamma)} at t = 0, 1/4, ..., 1, and the guide's "
             f"({schedules[1]!r}) {_listed(guide_gamma)}; DiffusionELBO needs one process for both. Build both with "
@@ -149,11 +158,15 @@ def check_same_process(p: Any, q: Any) -> None:
 def _gammas(schedule: Any) -> Tensor:
     """Return a schedule at five times from 0 to 1, on the CPU in float64."""
     like = next((t for t in (*schedule.parameters(), *schedule.buffers()) if t.is_floating_point()), torch.empty(()))
-    return schedule(torch.linspace(0.0, 1.0, 5, dtype=like.dtype, device=like.device)).double().cpu()
+    times = torch.linspace(0.0, 1.0, 5, dtype=like.dtype, device=like.device)
+    gammas = schedule.layers(times) if hasattr(schedule, "layers") else list(schedule(times))
+    return torch.stack(gammas).double().cpu()
 
 
 def _listed(gamma: Tensor) -> str:
-    return "[" + ", ".join(f"{value:.4g}" for value in gamma.tolist()) + "]"
+    first = gamma.reshape(len(gamma), -1)[:, 0].tolist()
+    entry = "" if gamma.dim() == 1 else f" for the first of entries of shape {tuple(gamma.shape[1:])}"
+    return "[" + ", ".join(f"{value:.4g}" for value in first) + "]" + entry
 
 
 def check_data(p: Any, x: Tensor, context: Any, mask: Tensor | None) -> None:

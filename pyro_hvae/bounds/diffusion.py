@@ -25,7 +25,7 @@ from torch.distributions import kl_divergence
 
 from pyro_hvae.arguments import check_choice, check_count
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluation
-from pyro_hvae.bounds.capability import check_capable, check_data, data_of, layer_times
+from pyro_hvae.bounds.capability import check_capable, check_data, data_of, given_context, layer_times
 from pyro_hvae.bounds.visits import Visited, outer_terms, visit_pair
 from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem import Problem
@@ -118,6 +118,7 @@ class DiffusionELBO(Bound):
         def inside(p: Any, q: Any, z: Tensor, mask: Tensor | None) -> None:
             if q.num_layers == 1:
                 raise ValueError("a diffusion of one layer has no denoising-matching term")
+            q = given_context(q, context)
             one, size = _one(p, z), z.shape[0]
             if q.num_layers is None:
                 layers = [(None, t) for t in torch.linspace(0.0, 1.0, num_layers).to(one)]
@@ -145,7 +146,7 @@ class DiffusionELBO(Bound):
         def inside(p: Any, q: Any, z: Tensor, seen: Tensor | None) -> None:
             if z is x:
                 chains.append(p)
-            terms.update(self._layers(p, q, z, context, seen, learning))
+            terms.update(self._layers(p, given_context(q, context), z, context, seen, learning))
 
         try:
             with RUNNING, ExitStack() as stack:
@@ -300,16 +301,16 @@ class SimpleDiffusionLoss(DiffusionELBO):
         repeated = x.expand(self.num_layers_sampled, *x.shape)
         marginal = q.marginal(times, repeated)
         z_t = marginal.rsample()
-        gamma = p.schedule(times)
+        gamma = given_context(p.schedule, context)(times)
         noise = (z_t - marginal.mean) / marginal.stddev
         dims = tuple(range(-(x.dim() - 1), 0))
-        square = ((noise - p.predict(z_t, gamma, context, target="eps")) ** 2).sum(dims)
-        snr = torch.exp(-gamma)
+        square = (noise - p.predict(z_t, gamma, context, target="eps")) ** 2
+        snr = torch.exp(-gamma if gamma.dim() == square.dim() else -_broadcast(gamma, square))
         if self.weighting == "min-snr":
             square = square * (snr.clamp(max=5.0) / snr)
         elif self.weighting == "p2":
             square = square / (1 + snr)
-        return square.mean(0)
+        return square.sum(dims).mean(0)
 
     def evaluate(self, problem: Problem) -> Evaluation:
         """Return value and terms of the bound."""

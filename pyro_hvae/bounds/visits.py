@@ -54,7 +54,7 @@ def visit_pair(model: Any, guide: Any, data: tuple, inside: Callable[[Any, Any, 
         z, seen = (x, mask) if values is None else (list(values.values())[-1], None)
 
         def inside_model(p: Any) -> Tensor:
-            check_same_process(p, q)
+            check_same_process(p, q, context)
             inside(p, q, z, seen)
             return z
 

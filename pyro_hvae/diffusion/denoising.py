@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pyro_hvae import distributions
 from pyro_hvae.arguments import check_choice
+from pyro_hvae.diffusion.levels import broadcast_level, check_event_shape
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
-from pyro_hvae.diffusion.process import Noising, broadcast_level
+from pyro_hvae.diffusion.process import Noising
 from pyro_hvae.diffusion.reverse import ReverseChain
 from pyro_hvae.diffusion.schedules import Schedule
 from pyro_hvae.diffusion.twists import GaussianTwist, LogLikelihood
@@ -45,12 +46,13 @@ class RescaledGaussian(Kernel):
         self._held = (schedule,)
         self.fixed_scale = scale
 
-    def level(self, parent: Tensor) -> Noising:
-        return Noising(self._held[0](parent.new_zeros(())))
+    def level(self, parent: Tensor, context: Any = None) -> Noising:
+        """Return the first noise level, () or with a gamma for each entry (..., *event_shape)."""
+        return Noising(self._held[0].given(context)(parent.new_zeros(())))
 
     def forward(self, parent: Tensor | None, context: Any = None) -> TorchDistribution:
         assert parent is not None
-        level = self.level(parent)
+        level = self.level(parent, context)
         scale = torch.exp(0.5 * level.gamma) if self.fixed_scale is None else parent.new_tensor(self.fixed_scale)
         return dist.Normal(parent / level.alpha, scale).to_event(self.event_dim)
 
@@ -79,7 +81,7 @@ class BinnedGaussian(RescaledGaussian):
 
     def forward(self, parent: Tensor | None, context: Any = None) -> TorchDistribution:
         assert parent is not None
-        level = self.level(parent)
+        level = self.level(parent, context)
         levels = distributions.BinnedGaussian(parent / level.alpha, torch.exp(0.5 * level.gamma), self.levels)
         return levels.to_event(self.event_dim)
 
@@ -89,7 +91,7 @@ class DenoisingChain(ReverseChain):
 
     Args:
         denoiser: module with ``forward(z, gamma)``, or ``forward(z, gamma, context)``; z is (..., *event_shape), gamma
-            (...).
+            (...), or of the shape of z where the schedule has a gamma for each entry.
         event_shape: of one datum.
         schedule: gamma(t); a learned one is registered here, under ``schedule``.
         num_layers: T; None for continuous time.
@@ -102,7 +104,7 @@ class DenoisingChain(ReverseChain):
             wider than q(z_{t-1}|z_t, x), since it does not depend on x.
 
     Raises:
-        ValueError: for T < 1, an unknown parameterisation.
+        ValueError: for T < 1, an unknown parameterisation, a schedule of another ``event_shape``.
 
     Example:
         >>> from pyro_hvae.nn import DenoisingMLP
@@ -129,6 +131,7 @@ class DenoisingChain(ReverseChain):
         check_choice("parameterisation", parameterisation, PARAMETERISATIONS)
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser must be a torch.nn.Module, got {denoiser!r}")
+        check_event_shape(schedule, len(event_shape), tuple(event_shape))
         if num_layers is not None:
             schedule.grid(num_layers)
         super().__init__(
@@ -151,15 +154,26 @@ class DenoisingChain(ReverseChain):
         assert self.num_layers is not None
         return (index - 1) / (self.num_layers - 1) if self.num_layers > 1 else index
 
+    def level_shape(self, z: Tensor) -> torch.Size:
+        return z.shape if self.schedule.event_shape else super().level_shape(z)
+
     def predict(self, z: Tensor, gamma: Tensor, context: Any = None, *, target: str = "x0") -> Tensor:
-        """Return the denoiser's prediction for z (..., *event_shape) at noise levels gamma (...), as ``target``."""
+        """Return the denoiser's prediction for z (..., *event_shape), as ``target``.
+
+        Args:
+            z: (..., *event_shape).
+            gamma: noise levels, (...) or one for all; (..., *event_shape) for a schedule with a gamma for each entry.
+            context: for the denoiser.
+            target: one of :data:`PARAMETERISATIONS`.
+        """
         output = self.call_denoiser(z, gamma, context)
-        gamma = broadcast_level(gamma.expand(z.shape[: z.dim() - self.event_dim]), z, self.event_dim)
-        return convert(output, z, gamma, source=self.parameterisation, target=target)
+        gamma = gamma.expand(self.level_shape(z))
+        return convert(output, z, self._wide(gamma, z), source=self.parameterisation, target=target)
 
     def transition(self, s: Tensor, t: Tensor, z_t: Tensor, context: Any = None) -> TorchDistribution:
         """Return p(z_s | z_t) for times s < t."""
-        return self._transition(Noising(self.schedule(s)), Noising(self.schedule(t)), z_t, context)
+        schedule = self.schedule.given(context)
+        return self._transition(Noising(schedule(s)), Noising(schedule(t)), z_t, context)
 
     def transition_to(self, s: Tensor, t: Tensor, z_t: Tensor, xhat: Tensor) -> TorchDistribution:
         """Return p(z_s | z_t) with ``xhat`` (..., *event_shape) in the place of the denoiser's estimate of x."""
@@ -179,34 +193,36 @@ class DenoisingChain(ReverseChain):
     def matching(self, s: Tensor | None, t: Tensor, z_t: Tensor, x: Tensor, context: Any = None) -> Tensor:
         r"""Return KL(q(z_s|z_t,x) || p(z_s|z_t)) in closed form, with epsilon the noise in z_t; nats (...).
 
-        .. math:: \tfrac12\,\mathrm{expm1}(\gamma_t-\gamma_s)\,\|\epsilon-\hat\epsilon\|^2
-                  \qquad\text{or, for } s = \text{None, its rate }\ \tfrac12\,\gamma'(t)\,\|\epsilon-\hat\epsilon\|^2;
+        .. math:: \tfrac12\sum_i\mathrm{expm1}(\gamma_{t,i}-\gamma_{s,i})\,(\epsilon_i-\hat\epsilon_i)^2
+                  \qquad\text{or, for } s = \text{None, its rate }\
+                  \tfrac12\sum_i\gamma_i'(t)\,(\epsilon_i-\hat\epsilon_i)^2
 
-        with a variance of its own, that of :class:`~pyro_hvae.diffusion.ReverseVariance`.
+        over the entries of a datum, which share one gamma unless the schedule has one for each; with a variance of its
+        own, that of :class:`~pyro_hvae.diffusion.ReverseVariance`.
         """
-        gamma = self.schedule(t)
-        level = Noising(broadcast_level(gamma, z_t, self.event_dim))
+        schedule, dims = self.schedule.given(context), tuple(range(-self.event_dim, 0))
+        gamma = schedule(t)
+        upper = self._wide(gamma, z_t)
+        level = Noising(upper)
         noise = (z_t - level.alpha * x) / level.sigma
-        predicted = self.predict(z_t, gamma, context, target="eps")
-        square = ((noise - predicted) ** 2).sum(tuple(range(-self.event_dim, 0)))
+        square = (noise - self.predict(z_t, gamma, context, target="eps")) ** 2
         if s is None:  # a wider variance costs nothing in the limit
-            return 0.5 * self.schedule.derivative(t) * square
-        weight = torch.expm1(gamma - self.schedule(s))
+            return (0.5 * self._wide(schedule.derivative(t), z_t) * square).sum(dims)
+        weight = torch.expm1(upper - self._wide(schedule(s), z_t))
         if self.reverse_variance is None:
-            return 0.5 * weight * square
-        excess = weight * self.reverse_variance(gamma)
-        dim = math.prod(self.event_shape)
-        return 0.5 * (weight * square / (1 + excess) + dim * (torch.log1p(excess) - excess / (1 + excess)))
+            return (0.5 * weight * square).sum(dims)
+        excess = weight * self.reverse_variance(upper)
+        return 0.5 * (weight * square / (1 + excess) + torch.log1p(excess) - excess / (1 + excess)).sum(dims)
 
     def layer_kernel(self) -> Callable[[int, Tensor, Any], TorchDistribution]:
         assert self.num_layers is not None
         schedule, grid = self.schedule, self.schedule.grid(self.num_layers)
-        gammas: Tensor | None = None
+        gammas: list[Tensor] | None = None
 
         def kernel(i: int, parent: Tensor, context: Any) -> TorchDistribution:
             nonlocal gammas
             if gammas is None:
-                gammas = schedule(grid.to(parent))
+                gammas = schedule.given(context).layers(grid.to(parent))
             return self._transition(Noising(gammas[i - 1]), Noising(gammas[i]), parent, context)
 
         return kernel
@@ -219,8 +235,11 @@ class DenoisingChain(ReverseChain):
         if self.reverse_variance is not None:
             excess = torch.expm1(upper.gamma - lower.gamma) * self.reverse_variance(upper.gamma)
             variance = variance * (1 + excess)
-        loc = broadcast_level(of_z, z, self.event_dim) * z + broadcast_level(of_x, z, self.event_dim) * xhat
-        return dist.Normal(loc, broadcast_level(variance.sqrt(), z, self.event_dim)).to_event(self.event_dim)
+        loc = self._wide(of_z, z) * z + self._wide(of_x, z) * xhat
+        return dist.Normal(loc, self._wide(variance.sqrt(), z)).to_event(self.event_dim)
+
+    def _wide(self, level: Tensor, like: Tensor) -> Tensor:
+        return broadcast_level(level, like, self.event_dim, self.schedule.event_shape)
 
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, parameterisation={self.parameterisation!r}"

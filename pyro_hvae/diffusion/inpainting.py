@@ -75,13 +75,14 @@ def inpaint(
     real = x if x.is_floating_point() else model.reference()
     times = model.time(torch.arange(1, model.num_layers + 1, dtype=real.dtype, device=x.device))
     observed = torch.where(mask, x, torch.zeros_like(x))
+    noising = guide.given(context)
     dims = tuple(range(2, 1 + x.dim()))  # those of an event, after particles and data
 
     def run(chain: ReverseChain) -> Tensor:
-        path = guide.marginal(times[-1], observed).sample()
+        path = noising.marginal(times[-1], observed).sample()
         z = torch.where(mask, path, chain.prior(x).expand((num_particles, x.shape[0])).sample())
         for i in range(len(times) - 1, 0, -1):
-            path = guide.posterior(times[i - 1], times[i], path, observed).sample()
+            path = noising.posterior(times[i - 1], times[i], path, observed).sample()
             layer = _entries(chain.transition(times[i - 1], times[i], z, context))
             chosen = _resampled(torch.where(mask, layer.log_prob(path), 0.0).sum(dims))
             z = torch.where(mask, path, _draw(layer, chosen))

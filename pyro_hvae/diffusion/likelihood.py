@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_hvae.diffusion.denoising import DenoisingChain
+from pyro_hvae.diffusion.levels import check_one_gamma
 from pyro_hvae.diffusion.process import Noising
 from pyro_hvae.distributions.levels import Levels, check_levels
 
@@ -61,13 +62,14 @@ def flow_log_likelihood(
 
     Raises:
         ImportError: for ``rtol`` without ``torchdiffeq``.
-        ValueError: for counts below one.
+        ValueError: for counts below one, or a schedule with a gamma for each entry.
 
     Reference:
         FFJORD (Grathwohl et al., 2019) for Hutchinson's estimate along a flow.
     """
     if num_steps < 1 or (num_probes is not None and num_probes < 2):
         raise ValueError(f"need num_steps >= 1 and num_probes >= 2 (or None), got {num_steps} and {num_probes}")
+    check_one_gamma(model.schedule, "the probability flow's density", "take DiffusionELBO, a bound")
     event_dim = model.event_dim
     dims = tuple(range(-event_dim, 0))
     first, last = (model.schedule(z.new_tensor(t)).detach() for t in (0.0, 1.0))

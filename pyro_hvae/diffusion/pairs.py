@@ -11,13 +11,19 @@ from pyro_hvae.chains.arguments import event_sizes
 from pyro_hvae.diffusion.corruption import Absorbing, AnyOrder, Corruption, Uniform
 from pyro_hvae.diffusion.denoising import DenoisingChain
 from pyro_hvae.diffusion.discrete import DiscreteDenoisingChain, DiscreteDiffusion
+from pyro_hvae.diffusion.ordinal import Ordinal
 from pyro_hvae.diffusion.process import Diffusion
 from pyro_hvae.diffusion.replacement import PowerReplacement, ReplacementSchedule
 from pyro_hvae.diffusion.schedules import LinearSchedule, Schedule
 
 __all__ = ["discrete_diffusion", "latent_diffusion", "vdm"]
 
-NOISES: dict[str, type[Corruption]] = {"absorbing": Absorbing, "any_order": AnyOrder, "uniform": Uniform}
+NOISES: dict[str, type[Corruption]] = {
+    "absorbing": Absorbing,
+    "any_order": AnyOrder,
+    "ordinal": Ordinal,
+    "uniform": Uniform,
+}
 
 
 def vdm(
@@ -82,10 +88,12 @@ def discrete_diffusion(
         event_shape: of one datum.
         num_categories: C; data are integers in 0, ..., C - 1, of any dtype.
         num_layers: T; None for continuous time.
-        corruption: ``"absorbing"`` masks entries, ``"uniform"`` replaces them by random ones, and ``"any_order"`` masks
-            one a layer, with T the number of entries.
-        schedule: probability b(t) that an entry has been replaced; by default t, and in continuous time t^2, where the
-            estimates of :class:`~pyro_hvae.bounds.DiffusionELBO` under b = t have no variance.
+        corruption: ``"absorbing"`` masks entries, ``"uniform"`` replaces them by random ones, ``"ordinal"`` moves them
+            to neighbours, for levels that have an order, and ``"any_order"`` masks one a layer, with T the number of
+            entries.
+        schedule: probability b(t) that an entry has been replaced; by default t, and in continuous time, where the
+            estimates of :class:`~pyro_hvae.bounds.DiffusionELBO` under b = t have no variance, t^2, as for ordinal
+            noise, whose standard deviation then grows in proportion to t.
 
     Raises:
         ValueError: for an ``event_shape`` without sizes or with one below 1, fewer than two categories, T < 1, an
@@ -109,7 +117,7 @@ def discrete_diffusion(
             raise ValueError("corruption='any_order' masks one entry a layer and has no schedule; leave schedule out.")
         noise: Corruption = AnyOrder(num_categories)
     else:
-        default = PowerReplacement(2.0 if num_layers is None else 1.0)
+        default = PowerReplacement(2.0 if num_layers is None or corruption == "ordinal" else 1.0)
         noise = NOISES[corruption](num_categories, default if schedule is None else schedule)
     model = DiscreteDenoisingChain(denoiser, event_shape=shape, corruption=noise, num_layers=num_layers)
     return model, DiscreteDiffusion(noise, num_layers, event_dim=len(shape))

@@ -10,6 +10,7 @@ With gamma(t) = -log SNR(t), s < t, and :math:`\alpha^2=\mathrm{sigmoid}(-\gamma
     q(z_s|z_t,x) &= N\Bigl(\frac{\alpha_{t|s}\sigma_s^2 z_t + \alpha_s\sigma_{t|s}^2 x}{\sigma_t^2},\
         \frac{\sigma_{t|s}^2\sigma_s^2}{\sigma_t^2} I\Bigr) &&\text{posterior}
 
+A schedule with a gamma for each entry gives each entry its own alpha and sigma; the formulas are those of an entry.
 Differences of nearby terms are taken as ``expm1`` of differences, so that a thousand layers in float32 stay accurate.
 """
 
@@ -30,6 +31,7 @@ from torch import Tensor
 from pyro_hvae.chains.arguments import batch_size, check_data_size
 from pyro_hvae.chains.base import Node
 from pyro_hvae.chains.missing import zero_masked
+from pyro_hvae.diffusion.levels import broadcast_level, check_event_shape
 from pyro_hvae.diffusion.schedules import Schedule
 
 __all__ = ["Diffusion", "Noising", "NoisingProcess", "broadcast_level"]
@@ -65,11 +67,6 @@ class Noising(NamedTuple):
         of_x = other.alpha * variance_step * torch.exp(-F.logsigmoid(self.gamma))
         variance = variance_step * torch.exp(F.logsigmoid(other.gamma) - F.logsigmoid(self.gamma))
         return of_z, of_x, variance
-
-
-def broadcast_level(level: Tensor, like: Tensor, event_dim: int) -> Tensor:
-    """Reshape a noise level per datum (or one for all) so that it broadcasts against events."""
-    return level.reshape(level.shape + (1,) * event_dim) if level.dim() else level
 
 
 class NoisingProcess(PyroModule):
@@ -112,7 +109,7 @@ class NoisingProcess(PyroModule):
         def kernel(value: Tensor, context: Any = None) -> TorchDistribution:
             nonlocal conditionals
             if conditionals is None:
-                conditionals = self.conditionals(value)
+                conditionals = self.given(context).conditionals(value)
             return next(conditionals)(value)
 
         for site in self.latents:
@@ -126,6 +123,10 @@ class NoisingProcess(PyroModule):
     def time(self, index: Any) -> Any:
         """Return the times of layers ``index``, each in 1, ..., T."""
         raise NotImplementedError
+
+    def given(self, context: Any) -> NoisingProcess:
+        """Return the process of data with this context; noise that does not depend on a context returns itself."""
+        return self
 
     def marginal(self, t: Tensor, x: Tensor) -> TorchDistribution:
         """Return q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
@@ -152,7 +153,7 @@ class NoisingProcess(PyroModule):
 
         Args:
             x: data (N, *event_shape).
-            context: not used, since noise does not depend on it.
+            context: (N, c), for a schedule that depends on it.
             mask: True = observed; missing entries are noised as zeros.
             data_size: size of the data set of which x is a minibatch.
 
@@ -169,7 +170,7 @@ class NoisingProcess(PyroModule):
         total = size if data_size is None else data_size
         check_data_size(total, size)
         with pyro.plate(self.plate_name, total, subsample=torch.arange(size, device=x.device), dim=-1):
-            for i, conditional in enumerate(self.conditionals(value), start=1):
+            for i, conditional in enumerate(self.given(context).conditionals(value), start=1):
                 value = values[f"z{i}"] = pyro.sample(f"z{i}", conditional(value))
         return values
 
@@ -195,14 +196,15 @@ class NoisingProcess(PyroModule):
             parents = (f"z{i}",) if i else ()
             return "draw", f"z{i + 1}", parents, lambda *values: conditional(values[0] if i else first)
 
-        return [node(i, conditional) for i, conditional in enumerate(self.conditionals(first))]
+        return [node(i, conditional) for i, conditional in enumerate(self.given(context).conditionals(first))]
 
 
 class Diffusion(NoisingProcess):
     r"""The noising process as a guide: q(z_1|x) prod q(z_t|z_{t-1}), without parameters of its own.
 
     Args:
-        schedule: gamma(t).  A learned one belongs to the model, which registers its parameters; the guide holds it.
+        schedule: gamma(t), one or one for each entry.  A learned one belongs to the model, which registers its
+            parameters; the guide holds it.
         num_layers: T; None for continuous time, which has no program to run but serves
             :class:`~pyro_hvae.bounds.DiffusionELBO`.
         name, plate: as in the chains.
@@ -231,6 +233,7 @@ class Diffusion(NoisingProcess):
         event_dim: int = 1,
     ) -> None:
         super().__init__(num_layers, name=name, plate=plate, event_dim=event_dim)
+        check_event_shape(schedule, event_dim)
         if num_layers is not None:
             schedule.grid(num_layers)
         self._held = (schedule,)  # a tuple, so that torch does not register it a second time
@@ -247,29 +250,33 @@ class Diffusion(NoisingProcess):
         assert self.num_layers is not None
         return (index - 1) / (self.num_layers - 1) if self.num_layers > 1 else index
 
-    def gammas(self, like: Tensor) -> Tensor:
-        """Return gamma of layers 1, ..., T, shape (T,), on the device and of the dtype of ``like``."""
-        assert self.num_layers is not None
-        return self.schedule(self.schedule.grid(self.num_layers).to(like))
+    def given(self, context: Any) -> Diffusion:
+        schedule = self.schedule.given(context)
+        if schedule is self.schedule:
+            return self
+        return Diffusion(schedule, self.num_layers, name=self.name, plate=self.plate_name, event_dim=self.event_dim)
 
     def marginal(self, t: Tensor, x: Tensor) -> TorchDistribution:
         """Return q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
-        level = Noising(self.schedule(t))
-        return self._normal(broadcast_level(level.alpha, x, self.event_dim) * x, level.sigma)
+        level = Noising(self._wide(self.schedule(t), x))
+        return self._normal(level.alpha * x, level.sigma)
 
     def step(self, s: Tensor, t: Tensor, z_s: Tensor) -> TorchDistribution:
         """Return q(z_t | z_s) for s < t."""
-        alpha, variance = Noising(self.schedule(t)).step_from(Noising(self.schedule(s)))
-        return self._normal(broadcast_level(alpha, z_s, self.event_dim) * z_s, variance.sqrt())
+        lower, upper = (Noising(self._wide(self.schedule(time), z_s)) for time in (s, t))
+        alpha, variance = upper.step_from(lower)
+        return self._normal(alpha * z_s, variance.sqrt())
 
     def posterior(self, s: Tensor, t: Tensor, z_t: Tensor, x: Tensor) -> TorchDistribution:
         """Return q(z_s | z_t, x) for s < t."""
-        of_z, of_x, variance = Noising(self.schedule(t)).posterior_to(Noising(self.schedule(s)))
-        loc = broadcast_level(of_z, z_t, self.event_dim) * z_t + broadcast_level(of_x, x, self.event_dim) * x
-        return self._normal(loc, variance.sqrt())
+        lower, upper = (Noising(self._wide(self.schedule(time), z_t)) for time in (s, t))
+        of_z, of_x, variance = upper.posterior_to(lower)
+        return self._normal(of_z * z_t + of_x * x, variance.sqrt())
 
     def conditionals(self, x: Tensor) -> Iterator[Callable[[Tensor], TorchDistribution]]:
-        levels = [Noising(gamma) for gamma in self.gammas(x)]
+        assert self.num_layers is not None
+        gammas = self.schedule.layers(self.schedule.grid(self.num_layers).to(x))
+        levels = [Noising(self._wide(gamma, x)) for gamma in gammas]
 
         def conditional(alpha: Tensor, scale: Tensor) -> Callable[[Tensor], TorchDistribution]:
             return lambda value: self._normal(alpha * value, scale)
@@ -279,8 +286,11 @@ class Diffusion(NoisingProcess):
             alpha, variance = level.step_from(below)
             yield conditional(alpha, variance.sqrt())
 
+    def _wide(self, level: Tensor, like: Tensor) -> Tensor:
+        return broadcast_level(level, like, self.event_dim, self.schedule.event_shape)
+
     def _normal(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
-        return dist.Normal(loc, broadcast_level(scale, loc, self.event_dim)).to_event(self.event_dim)
+        return dist.Normal(loc, scale).to_event(self.event_dim)
 
     def __repr__(self) -> str:
         return f"Diffusion({self.schedule!r}, num_layers={self.num_layers}, name={self.name!r})"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_hvae.chains import TopDown
 
-__all__ = ["ReverseChain"]
+__all__ = ["ReverseChain", "takes_context"]
 
 
 class ReverseChain(TopDown):
@@ -43,7 +43,7 @@ class ReverseChain(TopDown):
         self.denoiser = denoiser
         self.event_shape = tuple(event_shape)
         self.num_layers = num_layers
-        self._denoiser_takes_context = _takes_context(denoiser)
+        self._denoiser_takes_context = takes_context(denoiser)
 
     @property
     def noise(self) -> str:
@@ -68,10 +68,14 @@ class ReverseChain(TopDown):
 
     def call_denoiser(self, z: Tensor, gamma: Tensor, context: Any = None) -> Tensor:
         """Return the denoiser's output for z (..., *event_shape) at noise levels gamma (...) or one for all."""
-        levels = gamma.expand(z.shape[: z.dim() - self.event_dim])
+        levels = gamma.expand(self.level_shape(z))
         if context is None or not self._denoiser_takes_context:
             return self.denoiser(z, levels)
         return self.denoiser(z, levels, context)
+
+    def level_shape(self, z: Tensor) -> torch.Size:
+        """Return the shape of the noise levels of z (..., *event_shape) with which the denoiser is called: (...)."""
+        return z.shape[: z.dim() - self.event_dim]
 
     def prior(self, like: Tensor) -> TorchDistribution:
         """Return p(z_T)."""
@@ -146,7 +150,7 @@ class ReverseChain(TopDown):
         return [f"z{self.num_layers}", "...", "z1", "x"] if self.num_layers > 2 else [*self.latents, "x"]
 
 
-def _takes_context(denoiser: nn.Module) -> bool:
+def takes_context(denoiser: nn.Module) -> bool:
     """Return whether ``denoiser.forward`` names a third positional argument."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     arguments = inspect.signature(denoiser.forward).parameters.values()

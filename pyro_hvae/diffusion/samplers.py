@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyro_hvae.arguments import check_count, check_number
 from pyro_hvae.diffusion.denoising import DenoisingChain
+from pyro_hvae.diffusion.levels import check_one_gamma
 from pyro_hvae.diffusion.process import Noising
 
 __all__ = ["ddim", "dpm_solver", "guided", "probability_flow"]
@@ -76,7 +77,10 @@ def probability_flow(
 
     Raises:
         ImportError: for ``rtol`` without ``torchdiffeq``.
+        ValueError: for ``rtol`` and a schedule with a gamma for each entry.
     """
+    if rtol is not None:
+        check_one_gamma(model.schedule, "an adaptive solver", "take fixed steps, by rtol=None")
 
     def slope(level: Noising, z: Tensor) -> Tensor:
         """Return d(z / alpha) / d(sigma / alpha), which is the predicted noise."""
@@ -177,7 +181,8 @@ def _solve(
     def run(chain: DenoisingChain) -> Tensor:
         like = chain.reference()
         z = torch.randn(size, *chain.event_shape, dtype=like.dtype, device=like.device)
-        gammas = chain.schedule(torch.linspace(1.0, 0.0, num_steps + 1, dtype=like.dtype, device=like.device))
+        times = torch.linspace(1.0, 0.0, num_steps + 1, dtype=like.dtype, device=like.device)
+        gammas = chain.schedule.given(context).layers(times)
         for upper, lower in itertools.pairwise(gammas):
             z = step(Noising(lower), Noising(upper), z)
         likelihood = chain.likelihood(z, context)

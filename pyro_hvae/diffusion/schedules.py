@@ -6,6 +6,10 @@ r"""Noise schedules of a variance-preserving diffusion, as :math:`\gamma(t) = -\
 A schedule is a module from t to gamma(t), increasing; ``derivative(t)`` is its slope, which the continuous-time bound
 integrates against.  A bound in continuous time depends on a schedule through its ends alone; what the inside changes
 is the variance of its estimates (Variational Diffusion Models, Kingma, Salimans, Poole and Ho, 2021).
+
+A schedule may have a gamma for each entry of a datum (``event_shape``), and may depend on a context
+(:class:`~pyro_hvae.diffusion.PolynomialSchedule`).  The bound in continuous time may then depend on the path between
+the ends.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +33,39 @@ class Schedule(nn.Module):
 
     Subclasses define :meth:`forward`; :meth:`derivative` follows by differentiation, and is better written out where
     there are parameters.
+
+    Attributes:
+        event_shape: of gamma at one time: () for one gamma, or the shape of a datum for a gamma of each entry.
     """
 
+    event_shape: tuple[int, ...] = ()
+
     def forward(self, t: Tensor) -> Tensor:
-        """Return gamma at times t of any shape, each in [0, 1]."""
+        """Return gamma at times t of any shape (...), each in [0, 1]: (..., *event_shape)."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward(t).")
 
     def derivative(self, t: Tensor) -> Tensor:
-        """Return d gamma / dt, of the shape of t; differentiable in the schedule's parameters."""
+        """Return d gamma / dt, (..., *event_shape); differentiable in the schedule's parameters."""
         keep = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.enable_grad():
             leaf = t.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=keep)
+            gamma = self(leaf)
+            if not self.event_shape:
+                (slope,) = torch.autograd.grad(gamma.sum(), leaf, create_graph=keep)
+                return slope
+            # a row of the Jacobian holds one time: forward differentiation as two backward ones
+            weights = torch.zeros_like(gamma).requires_grad_()
+            (pulled,) = torch.autograd.grad(gamma, leaf, weights, create_graph=True)
+            (slope,) = torch.autograd.grad(pulled.sum(), weights, create_graph=keep)
         return slope
+
+    def given(self, context: Any) -> Schedule:
+        """Return the schedule of data with this context, (..., c); one without a context returns itself."""
+        return self
+
+    def layers(self, times: Tensor) -> list[Tensor]:
+        """Return gamma at each of some times (T,)."""
+        return list(self(times))
 
     @contextmanager
     def variance_gradient(self) -> Iterator[Callable[[Tensor], None]]:
@@ -146,29 +171,42 @@ class MonotoneSchedule(Schedule):
     """Any increasing function of t, checked on a grid.
 
     Args:
-        function: from a tensor of times to gamma, differentiable.
+        function: from a tensor of times (...) to gamma (..., *event_shape), differentiable.
         points: how many times are checked.
+        event_shape: of gamma at one time; that of a datum for a gamma of each entry.
 
     Raises:
-        ValueError: naming the first time where it does not increase, or is not finite.
+        ValueError: naming the first time where it does not increase, or is not finite; for gamma of another shape.
 
     Example:
         >>> MonotoneSchedule(lambda t: -10 + 14 * t**2)(torch.tensor(1.0)).item()
         4.0
+        >>> two = MonotoneSchedule(lambda t: torch.stack([-6 + 9 * t, -6 + 9 * t**2], -1), event_shape=(2,))
+        >>> two(torch.tensor(0.5)).tolist()
+        [-1.5, -3.75]
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], points: int = 1001) -> None:
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], points: int = 1001, *, event_shape: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.function = function
+        self.event_shape = tuple(event_shape)
         times = torch.linspace(0.0, 1.0, points, dtype=torch.float64)
         gamma = function(times)
-        bad = ~torch.isfinite(gamma)
-        bad[1:] |= gamma.diff() <= 0
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0])
+        if gamma.shape != (points, *self.event_shape):
             raise ValueError(
-                f"gamma must be finite and increase on [0, 1]; at t = {float(times[first]):.4f} it is "
-                f"{float(gamma[first]):.6g} after {float(gamma[max(first - 1, 0)]):.6g}"
+                f"for times of shape ({points},) and event_shape={self.event_shape} gamma must have shape "
+                f"{(points, *self.event_shape)}; got {tuple(gamma.shape)}"
+            )
+        bad = ~torch.isfinite(gamma)
+        bad[1:] |= gamma.diff(dim=0) <= 0
+        if bool(bad.any()):
+            first, *entry = bad.nonzero()[0].tolist()
+            place = f" entry {tuple(entry)}" if entry else ""
+            raise ValueError(
+                f"gamma must be finite and increase on [0, 1]; at t = {float(times[first]):.4f}{place} it is "
+                f"{float(gamma[(first, *entry)]):.6g} after {float(gamma[(max(first - 1, 0), *entry)]):.6g}"
             )
 
     def forward(self, t: Tensor) -> Tensor:

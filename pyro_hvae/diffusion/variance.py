@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyro_hvae.diffusion.process import Noising, broadcast_level
+from pyro_hvae.diffusion.levels import broadcast_level, check_one_gamma
+from pyro_hvae.diffusion.process import Noising
 
 if TYPE_CHECKING:
     from pyro_hvae.diffusion.denoising import DenoisingChain
@@ -71,9 +72,13 @@ class ReverseVariance(nn.Module):
             x: data (N, *event_shape).
             context: for the denoiser.
             num_draws: of noise, for each datum and level.
+
+        Raises:
+            ValueError: for ``num_draws < 1``, or a schedule with a gamma for each entry.
         """
         if num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+        check_one_gamma(model.schedule, "a calibrated variance", "learn it with the model")
         levels = torch.linspace(self.gamma_min, self.gamma_max, self.logits.shape[0]).to(x)
 
         def errors(chain: DenoisingChain) -> Tensor:

@@ -88,7 +88,7 @@ def expected_bound(model, guide, x: Tensor) -> Tensor:
 def integrated(model, guide, x: Tensor, points: int = 60) -> Tensor:
     """The bound in continuous time by quadrature over times and enumeration of z."""
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    every = states(model.corruption.num_states, 3)[:, None].expand(-1, *x.shape)
+    every = states(model.corruption.num_states, x.shape[-1])[:, None].expand(-1, *x.shape)
     data = x.expand_as(every)
     total = torch.zeros(len(x))
     for t, width in zip(torch.tensor((nodes + 1) / 2), torch.tensor(weights / 2), strict=True):

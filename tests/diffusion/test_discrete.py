@@ -265,9 +265,9 @@ def test_the_number_of_denoiser_calls_does_not_depend_on_the_number_of_layers():
 
 
 def test_another_alphabet_by_enumeration():
-    """Five categories on two entries, an alphabet that is no power of two; all three noises in one table."""
+    """Five categories on two entries, an alphabet that is no power of two; all noises in one table."""
     x = states(5, 2)[::7]
-    for kind, layers in (("absorbing", 3), ("uniform", 3), ("any_order", 2)):
+    for kind, layers in (("absorbing", 3), ("uniform", 3), ("ordinal", 3), ("any_order", 2)):
         model, guide = discrete_diffusion(
             Linear(2, 5), event_shape=2, num_categories=5, num_layers=layers, corruption=kind
         )

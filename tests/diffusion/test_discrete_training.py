@@ -152,7 +152,7 @@ def test_missing_entries_leave_their_likelihood_out():
 
 def test_what_is_no_discrete_diffusion():
     parts = {"event_shape": 3, "num_categories": 2}
-    with pytest.raises(ValueError, match="corruption must be one of 'absorbing', 'any_order', 'uniform'; got 'masked'"):
+    with pytest.raises(ValueError, match="one of 'absorbing', 'any_order', 'ordinal', 'uniform'; got 'masked'"):
         discrete_diffusion(Linear(), num_layers=4, corruption="masked", **parts)
     with pytest.raises(ValueError, match="at least one layer, got num_layers=0"):
         discrete_diffusion(Linear(), num_layers=0, **parts)
@@ -231,7 +231,7 @@ def test_two_processes_in_one_pair_are_refused():
         discrete_diffusion(Linear(), num_layers=None, **parts)[0](size=3)
 
 
-@pytest.mark.parametrize("kind", ["absorbing", "uniform", "gaussian"])
+@pytest.mark.parametrize("kind", ["absorbing", "uniform", "ordinal", "gaussian"])
 def test_encoder_and_decoder_of_a_diffusion(kind):
     if kind == "gaussian":
         model, guide = vdm(DenoisingMLP(3, hidden=8), event_shape=3, num_layers=4)
@@ -252,7 +252,7 @@ def test_encoder_and_decoder_of_a_diffusion(kind):
             ph.reconstruct(model, guide, x)
 
 
-@pytest.mark.parametrize("kind", ["absorbing", "uniform"])
+@pytest.mark.parametrize("kind", ["absorbing", "uniform", "ordinal"])
 @pytest.mark.parametrize("num_layers", [6, None])
 def test_a_step_is_one_graph(kind, num_layers):
     """The flat graph of a step equals the eager one under the same noise; nothing in it waits for the device."""
