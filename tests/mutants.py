@@ -27,6 +27,9 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("diffusion/process.py", "    with like.device:\n        return", "    if True:\n        return",
+     "tests/test_meta.py"),
+    ("bounds/diffusion.py", "self.magnitudes = self.magnitudes.to(uniform.device)", "pass", "tests/test_meta.py"),
     ("chains/exact.py", "total = total + 0.5 * math.log(2 * math.pi) * (~at).sum(-1)", "pass",
      "tests/chains/test_exact.py"),
     ("chains/exact.py", "covariance = rest @ covariance @ rest.mT + weights @ own @ weights.mT",

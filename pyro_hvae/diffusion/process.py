@@ -32,7 +32,7 @@ from pyro_hvae.chains.base import Node
 from pyro_hvae.chains.missing import zero_masked
 from pyro_hvae.diffusion.schedules import Schedule
 
-__all__ = ["Diffusion", "Noising", "NoisingProcess", "broadcast_level"]
+__all__ = ["Diffusion", "Noising", "NoisingProcess", "broadcast_level", "grid_like"]
 
 _INFINITE = (
     "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
@@ -65,6 +65,12 @@ class Noising(NamedTuple):
         of_x = other.alpha * variance_step * torch.exp(-F.logsigmoid(self.gamma))
         variance = variance_step * torch.exp(F.logsigmoid(other.gamma) - F.logsigmoid(self.gamma))
         return of_z, of_x, variance
+
+
+def grid_like(schedule: Schedule, num_layers: int, like: Tensor) -> Tensor:
+    """Return the times of layers 1, ..., T, made on the device of ``like`` and of its dtype."""
+    with like.device:
+        return schedule.grid(num_layers).to(like)
 
 
 def broadcast_level(level: Tensor, like: Tensor, event_dim: int) -> Tensor:
@@ -250,7 +256,7 @@ class Diffusion(NoisingProcess):
     def gammas(self, like: Tensor) -> Tensor:
         """Return gamma of layers 1, ..., T, shape (T,), on the device and of the dtype of ``like``."""
         assert self.num_layers is not None
-        return self.schedule(self.schedule.grid(self.num_layers).to(like))
+        return self.schedule(grid_like(self.schedule, self.num_layers, like))
 
     def marginal(self, t: Tensor, x: Tensor) -> TorchDistribution:
         """Return q(z_t | x) at times t in [0, 1], per datum (..., N) or one for all."""
