@@ -27,6 +27,8 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("problem/isolation.py", "RUNNING = threading.RLock()", "import contextlib\n\nRUNNING = contextlib.nullcontext()",
+     "tests/training/test_threads.py"),
     ("weights/means.py", "if devices.has_values(log_weights) and bool(invalid.any()):", "if False:", W),
     ("plots/canvas.py", "if size is not None and values.size != size:", "if False:", "tests/test_bad_inputs.py"),
     ("diffusion/process.py", "    with like.device:\n        return", "    if True:\n        return",
