@@ -76,8 +76,8 @@ class Meter:
 
 def by_fit(steps):
     meter = Meter()
-    fit(Model(), Guide(), Batches(WARM_UP + steps), bound=IWELBO(3), steps=WARM_UP + steps, check_every=100, log_every=50,
-        progress=False, callbacks=[meter])  # fmt: skip
+    records = {"check_every": 100, "log_every": 50, "progress": False, "callbacks": [meter]}
+    fit(Model(), Guide(), Batches(WARM_UP + steps), bound=IWELBO(3), steps=WARM_UP + steps, **records)
     return meter.found[0], resident()
 
 
