@@ -27,6 +27,8 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("training/compile/program.py", "return _compiled(module, tensors, noise, instructions=None)", "raise",
+     f"{C}/test_passes.py"),
     ("problem/isolation.py", "RUNNING = threading.RLock()", "import contextlib\n\nRUNNING = contextlib.nullcontext()",
      "tests/training/test_threads.py"),
     ("weights/means.py", "if devices.has_values(log_weights) and bool(invalid.any()):", "if False:", W),
