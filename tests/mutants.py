@@ -27,6 +27,9 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("evidence/path.py", "values, check=not self.problem.training)", "values)", "tests/test_meta.py"),
+    ("bounds/particles.py", "torch.where(chosen, log_weights.new_zeros(()), log_weights)",
+     "torch.where(chosen, torch.zeros(()).to(log_weights), log_weights)", "tests/test_meta.py"),
     ("training/compile/program.py", "return _compiled(module, tensors, noise, instructions=None)", "raise",
      f"{C}/test_passes.py"),
     ("problem/isolation.py", "RUNNING = threading.RLock()", "import contextlib\n\nRUNNING = contextlib.nullcontext()",

@@ -13,7 +13,15 @@ from torch import nn
 
 import pyro_hvae as ph
 from pyro_hvae import devices, diffusion
-from pyro_hvae.bounds import DiffusionELBO, Regularised, TraceELBO, warm_up
+from pyro_hvae.bounds import (
+    DiffusionELBO,
+    Regularised,
+    ReweightedWakeSleep,
+    SMCBound,
+    TraceELBO,
+    WakePhase,
+    warm_up,
+)
 from pyro_hvae.models import discrete_diffusion, hvae, vdm
 from pyro_hvae.nn import DenoisingMLP, TokenMLP
 from pyro_hvae.problem import Problem
@@ -217,6 +225,27 @@ def test_steps_of_the_bound_of_a_diffusion(sampling, num_layers):
 def test_steps_of_annealed_objectives(kind):
     pair = Data(hvae((6,), [3, 2], hidden=(5,)), torch.zeros(4, 6))
     take_steps(Regularised(TraceELBO(2), kl_weight=warm_up(30)), pair, kind)
+
+
+OTHERS = {
+    "WakePhase": lambda: WakePhase(3),
+    "ReweightedWakeSleep": lambda: ReweightedWakeSleep(3),
+    "AnnealedBound": lambda: ph.AnnealedBound(3),
+    "SMCBound": lambda: SMCBound(3),
+}
+BY_SITE = ("chain_1", "chain_2", "hvae", "ladder")
+"""Pairs that SMCBound runs site by site; it refuses functions."""
+
+
+@pytest.mark.parametrize("objective", OTHERS)
+@pytest.mark.parametrize("name", [*BY_SITE, "by_hand", "minibatch"])
+def test_steps_of_other_objectives(objective, name):
+    pair = build_on_meta(name)
+    if objective == "SMCBound" and name not in BY_SITE:
+        with on_meta(), pytest.raises(TypeError, match="no method stepwise"):
+            OTHERS[objective]().loss(pair.model, pair.guide, *pair.args)
+        return
+    take_steps(OTHERS[objective](), pair)
 
 
 class Reads(nn.Module):
