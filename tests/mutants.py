@@ -27,7 +27,8 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
-    ("evidence/path.py", "values, check=not self.problem.training)", "values)", "tests/test_meta.py"),
+    ("evidence/path.py", "if devices.has_values(lost) and bool(lost.any()):", "if bool(lost.any()):",
+     "tests/test_meta.py"),
     ("bounds/particles.py", "torch.where(chosen, log_weights.new_zeros(()), log_weights)",
      "torch.where(chosen, torch.zeros(()).to(log_weights), log_weights)", "tests/test_meta.py"),
     ("training/compile/program.py", "return _compiled(module, tensors, noise, instructions=None)", "raise",

@@ -84,7 +84,7 @@ class Path:
     def start(self) -> State:
         """Draw independent states from the base."""
         with torch.no_grad():
-            return self.unconstrain(self.problem.run(self.num_chains).values, check=not self.problem.training)
+            return self.unconstrain(self.problem.run(self.num_chains).values)
 
     def of_run(self, run: Run) -> State:
         """Return the states of a run of as many particles as there are chains, with their gradients."""
@@ -123,11 +123,8 @@ class Path:
             return state
         return {name: value.gather(0, self.spread(index, name).expand(value.shape)) for name, value in state.items()}
 
-    def unconstrain(self, values: Mapping[str, Tensor], check: bool = True) -> State:
+    def unconstrain(self, values: Mapping[str, Tensor]) -> State:
         """Map latent values, one for each chain, to a state.
-
-        Args:
-            check: read the values; a step of training does not, since it would wait for the device.
 
         Raises:
             ValueError: if a site is missing, has another number of draws than there are chains, or values that are NaN
@@ -144,7 +141,7 @@ class Path:
             state[name] = transform.inv(value)
             # Transforms clip: a value outside of the support is mapped back to another one.
             lost = ~((transform(state[name]) - value).abs() <= 1e-3 * (1 + value.abs()))
-            if check and devices.has_values(lost) and bool(lost.any()):
+            if devices.has_values(lost) and bool(lost.any()):
                 raise ValueError(
                     f"site '{name}' has {int(lost.sum())} values that are NaN or outside of {fn.support}, where the "
                     f"base draws it: {value[lost][:3]}"
