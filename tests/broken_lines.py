@@ -12,10 +12,16 @@ BATCHES, BY_VALUE, FLOWS = f"{K}/test_b_one_minibatch.py", f"{K}/test_f_gradient
 PATHS, GRADIENTS, REGULARISED = f"{P}/test_dependencies.py", f"{B}/test_gradients.py", f"{B}/test_regularised.py"
 SIMULATED, LAYOUT, KNOWN = f"{P}/test_simulate.py", f"{P}/test_layout.py", f"{P}/test_knowledge.py"
 ENUMERATED, THREADS = f"{P}/test_enumeration.py", f"{P}/test_threads.py"
+META = "tests/test_meta.py"
 VALUE = f"{B}/test_programs.py::test_value"
 
 PROBLEM = [
     ("problem/execute.py", "_InParallel()(self._in_groups(guide))", "_InParallel()(guide)", f"{K}/test_d_groups.py"),
+    # tensors without values, and parameters that are held
+    ("devices.py", "isinstance(tensor, Tensor) and tensor.is_meta", "False", META),
+    ("problem/checks.py", "or not devices.has_values(value, mask)", "", META),
+    ("problem/execute.py", "    _store_frozen(store, program)\n    try:", "    try:", "tests/training/test_objective.py"),
+    ("problem/predict.py", "if n not in own]", "]", f"{P}/test_predict.py"),
     # structure
     ("problem/structure.py", "return self.full_size / self.size", "return 1.0", RUN),
     ("problem/structure.py", "site[\"is_observed\"],\n                    frames,", "site[\"is_observed\"],", CHANGED),
@@ -51,7 +57,7 @@ PROBLEM = [
     ("problem/supports.py", "return bool((density == -math.inf).any()) and", "return", SUPPORTS),
     ("problem/supports.py", "return [end for end in ends if", "return [end for end in () if", BY_VALUE),
     # particles
-    ("problem/particles.py", "                if not torch.allclose(terms", "                if terms is None and not torch.allclose(terms",
+    ("problem/particles.py", "if not devices.close(terms,", "if terms is None and not devices.close(terms,",
      RUN),
     ("problem/particles.py", "\"apart\", once, fingerprint(programs.model, programs.guide)", "\"apart\", once", CHANGED),
     ("problem/particles.py", "if not any(word in _first_line(error).lower() for word in LAYOUT_WORDS):", "if False:",

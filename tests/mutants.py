@@ -27,6 +27,19 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("evidence/path.py", "if devices.has_values(lost) and bool(lost.any()):", "if bool(lost.any()):",
+     "tests/test_meta.py"),
+    ("bounds/particles.py", "torch.where(chosen, log_weights.new_zeros(()), log_weights)",
+     "torch.where(chosen, torch.zeros(()).to(log_weights), log_weights)", "tests/test_meta.py"),
+    ("training/compile/program.py", "return _compiled(module, tensors, noise, instructions=None)", "raise",
+     f"{C}/test_passes.py"),
+    ("problem/isolation.py", "RUNNING = threading.RLock()", "import contextlib\n\nRUNNING = contextlib.nullcontext()",
+     "tests/training/test_threads.py"),
+    ("weights/means.py", "if devices.has_values(log_weights) and bool(invalid.any()):", "if False:", W),
+    ("plots/canvas.py", "if size is not None and values.size != size:", "if False:", "tests/test_bad_inputs.py"),
+    ("diffusion/process.py", "    with like.device:\n        return", "    if True:\n        return",
+     "tests/test_meta.py"),
+    ("bounds/diffusion.py", "self.magnitudes = self.magnitudes.to(uniform.device)", "pass", "tests/test_meta.py"),
     ("chains/exact.py", "total = total + 0.5 * math.log(2 * math.pi) * (~at).sum(-1)", "pass",
      "tests/chains/test_exact.py"),
     ("chains/exact.py", "covariance = rest @ covariance @ rest.mT + weights @ own @ weights.mT",

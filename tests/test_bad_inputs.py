@@ -12,6 +12,9 @@ import torch
 import pyro_hvae
 from pyro_hvae.cli import main
 from tests.bad_inputs import CALLS
+from tests.bad_statistics import STATISTICS
+
+CALLS = CALLS | STATISTICS
 
 ROOT = os.path.dirname(pyro_hvae.__file__)
 EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
@@ -31,7 +34,17 @@ def answer(call, argument, value):
 
 
 def test_there_are_many():
-    assert sum(len(values) for _, arguments in CALLS.values() for values in arguments.values()) >= 400
+    """Each of them is refused clearly, none is taken in silence, and none fails in another library."""
+    assert sum(len(values) for _, arguments in CALLS.values() for values in arguments.values()) >= 1200
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_the_call_of_an_entry_works(name):
+    """What is refused is the bad value, not the call."""
+    torch.set_default_dtype(torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        STATISTICS[name][0]()
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "pyro_hvae"
 
 # Each tower from the ground up: a part may import those before it and itself.  Both stand on files that import nothing
 # of the package.
-GROUND = ["arguments", "modules", "notebook"]
+GROUND = ["arguments", "devices", "modules", "notebook"]
 PROGRAMS = [*GROUND, "conjugate", "distributions", "tables", "nn", "kernels", "chains", "diffusion", "models"]
 ESTIMATORS = [*GROUND, "weights", "problem", "bounds", "factorized", "amortized", "evidence", "diagnostics"]
 # What trains, draws and runs may import both towers, and is imported by neither.

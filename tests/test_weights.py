@@ -387,3 +387,15 @@ def test_default_chunk():
         assert size * entries <= 20_000 < (size + 1) * entries
     assert default_chunk(0) == 20_000
     assert default_chunk(10**6) == 1
+
+
+@pytest.mark.parametrize("statistic", [effective_sample_size, log_mean_exp_stderr])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_no_log_weights_are_refused(statistic, bad):
+    """They gave NaN, which a comparison with a limit takes for bad and for good alike."""
+    weights = torch.zeros(5, 3)
+    weights[4, 1] = bad
+    with pytest.raises(ValueError, match=r"1 of 15 log-weights are NaN or \+inf; the first has index \(4, 1\)"):
+        statistic(weights)
+    weights[4, 1] = -torch.inf
+    assert statistic(weights).isfinite().all()

@@ -202,6 +202,8 @@ class DiffusionELBO(Bound):
         uniform = self._positions(shape, _one(p, x))
         density = torch.ones_like(uniform)
         if self.sampling == "importance":
+            if self.magnitudes.device != uniform.device:  # once, where the programs are on another device
+                self.magnitudes = self.magnitudes.to(uniform.device)
             uniform, density = self._stretched(uniform)
         repeated = x.expand(self.num_layers_sampled, *x.shape)
         if q.num_layers is None:

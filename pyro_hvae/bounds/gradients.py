@@ -30,6 +30,7 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
+from pyro_hvae import devices
 from pyro_hvae.problem import Problem, Run, total
 from pyro_hvae.problem.isolation import fingerprint
 from pyro_hvae.problem.parameters import graph_leaves
@@ -158,7 +159,7 @@ def check_replayable(problem: Problem, run: Run, what: str) -> None:
             name
             for first, second in ((run.log_p, again.log_p), (run.log_q, again.log_q))
             for name in first
-            if not torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-5, equal_nan=True)
+            if not devices.close(first[name], second[name])
         ]
     if changed:
         raise ValueError(
@@ -171,7 +172,7 @@ def check_replayable(problem: Problem, run: Run, what: str) -> None:
 
 def _support_moves(fn: Any) -> bool:
     """Whether an end of a distribution's support depends on trainable tensors."""
-    for end in support_ends(fn):
+    for end in filter(devices.has_values, support_ends(fn)):
         leaves = list(graph_leaves([end]).values())
         if leaves:
             slopes = torch.autograd.grad(end.sum(), leaves, allow_unused=True, retain_graph=True)

@@ -32,7 +32,8 @@ from pyro_hvae.bounds.gradients import averaged, fold, means_of_others, signal, 
 from pyro_hvae.bounds.weighted import WeightBound, softmax_of, weighted_mean
 from pyro_hvae.problem import Plate, Problem, Run, Structure
 from pyro_hvae.problem.structure import shared_plates
-from pyro_hvae.weights import chunks, effective_sample_size
+from pyro_hvae.weights import chunks
+from pyro_hvae.weights.means import unchecked_sample_size
 
 __all__ = ["IWELBO", "MultiSampleBound", "ThermodynamicBound", "VRBound", "log_spacing"]
 
@@ -99,7 +100,7 @@ class MultiSampleBound(WeightBound):
                 summed = term.expand(run.shape).sum(0)
                 parts[name] = parts[name] + summed if name in parts else summed
         drawn = torch.cat(weights)
-        ess = effective_sample_size(fold(drawn, self.num_repeats))
+        ess = unchecked_sample_size(fold(drawn, self.num_repeats))
         value = averaged(drawn, self.reduce, self.num_repeats)
         terms = {
             "bound": value,
@@ -206,7 +207,7 @@ class IWELBO(MultiSampleBound):
         if not self.share_globals:
             return super().evaluate(problem)
         estimate, weights = self._shared(problem)
-        ess = effective_sample_size(fold(weights, self.num_repeats))
+        ess = unchecked_sample_size(fold(weights, self.num_repeats))
         terms = {"bound": estimate.value, "ess": ess if self.num_repeats == 1 else ess.mean(0)}
         return Evaluation(estimate.value, terms, estimate.run.structure, estimate.scale, estimate.shared)
 

@@ -165,12 +165,12 @@ def run_particles(
         if retained is not None:
             ancestors[0] = 0
         ancestors = torch.where(chosen, ancestors, identity)
-        done = done + torch.where(chosen, log_mean_exp(log_weights), torch.zeros(()).to(log_weights))
+        done = done + torch.where(chosen, log_mean_exp(log_weights), log_weights.new_zeros(()))
         if resampling.score:
             of_ancestors = _log_normalised(log_weights).gather(0, ancestors).sum(0)
             zero = torch.zeros_like(of_ancestors)
             filtered._scores.append((torch.where(chosen, of_ancestors, zero), _detached(done)))
-        log_weights = torch.where(chosen, torch.zeros(()).to(log_weights), log_weights)
+        log_weights = torch.where(chosen, log_weights.new_zeros(()), log_weights)
         values = {name: gather(value, ancestors) for name, value in values.items()}
         if isinstance(log_psi, Tensor):
             log_psi = gather(log_psi.expand(shape), ancestors)

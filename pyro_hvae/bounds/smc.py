@@ -28,7 +28,7 @@ from pyro_hvae.problem import Problem, Structure
 from pyro_hvae.problem.checks import check_observations
 from pyro_hvae.problem.isolation import RUNNING, evaluating, kept_buffers, noted_parameters
 from pyro_hvae.problem.verbs import problem_of
-from pyro_hvae.weights import effective_sample_size
+from pyro_hvae.weights.means import unchecked_sample_size
 
 __all__ = ["SMCBound", "filtered_run"]
 
@@ -147,7 +147,7 @@ class SMCBound(Bound):
         filtered, _, structure = self._run(problem, False)
         terms = {
             "bound": filtered.log_evidence,
-            "ess": effective_sample_size(filtered.log_weights),
+            "ess": unchecked_sample_size(filtered.log_weights),
             "least_ess": filtered.ess.amin(0),
             "resamplings": filtered.resampled.sum(0).to(filtered.log_evidence),
         }

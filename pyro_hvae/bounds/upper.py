@@ -28,7 +28,7 @@ from pyro_hvae.bounds.weighted import softmax_of, weighted_mean
 from pyro_hvae.problem import Problem, Run, problem_of
 from pyro_hvae.problem.isolation import RUNNING, evaluating, kept_buffers, kept_generators
 from pyro_hvae.problem.parameters import frozen, param_sites
-from pyro_hvae.weights import effective_sample_size
+from pyro_hvae.weights.means import unchecked_sample_size
 
 __all__ = ["CUBO", "EUBO"]
 
@@ -91,7 +91,7 @@ class _FromAbove(Evaluable):
         value = self.reduce(weights)
         terms = {
             "estimate": value,
-            "ess": effective_sample_size(weights),
+            "ess": unchecked_sample_size(weights),
             "log_weight_variance": weights.var(0) if len(weights) > 1 else torch.zeros_like(weights[0]),
         }
         return Evaluation(value, terms, run.structure, run.scale)

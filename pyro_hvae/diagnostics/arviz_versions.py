@@ -17,7 +17,7 @@ import numpy as np
 
 from pyro_hvae.weights import good_khat
 
-__all__ = ["dataset", "elpd_data", "library_versions", "ranked", "to_inferencedata"]
+__all__ = ["check_tree", "dataset", "elpd_data", "library_versions", "ranked", "to_inferencedata"]
 
 
 def to_inferencedata(tree: Any) -> Any:
@@ -127,6 +127,16 @@ def library_versions() -> dict[str, str]:
         "xarray": "xarray",
     }
     return {f"{name}_version": _version(package) for name, package in packages.items()}
+
+
+def check_tree(tree: Any) -> None:
+    """Refuse what is no DataTree.
+
+    Raises:
+        TypeError: with its type.
+    """
+    if not (hasattr(tree, "children") and hasattr(tree, "attrs")):
+        raise TypeError(f"tree must be a DataTree of pyro_hvae.diagnostics.to_datatree, got {type(tree).__name__}")
 
 
 def ranked(results: Mapping[str, Any], method: str) -> Any:

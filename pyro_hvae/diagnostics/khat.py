@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.problem import Plate, Problem, Structure, of_pair
 from pyro_hvae.weights import chunks, default_chunk, good_khat, pareto_khat
 
@@ -148,6 +149,7 @@ class LayerWeights:
     """
 
     def __init__(self, problem: Problem, num_draws: int, chunk_size: int | None = None) -> None:
+        check_count("num_draws", num_draws)
         if num_draws < 20:
             raise ValueError(f"a tail needs at least 20 draws, got num_draws={num_draws}")
         structure = problem.structure
@@ -235,6 +237,8 @@ def khats_of_tree(tree: Any) -> KHats:
 def _chosen(structure: Structure, drawn: list[str], layers: Sequence[str] | None) -> list[str]:
     """Return the selected layers, which ``layers`` names by the model's sites."""
     named = {_label(structure, name): name for name in drawn}
+    if layers is not None and (isinstance(layers, str) or not isinstance(layers, Sequence)):
+        raise TypeError(f"layers must be a list of site names, got {layers!r}")
     unknown = sorted(set(layers or ()) - set(named))
     if unknown:
         raise ValueError(f"layers names {unknown}, which the guide does not draw; it draws {list(named)}")

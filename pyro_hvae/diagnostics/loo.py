@@ -76,12 +76,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_hvae.diagnostics.arviz_versions import elpd_data, ranked
+from pyro_hvae.arguments import check_choice, check_switch
+from pyro_hvae.diagnostics.arviz_versions import check_tree, elpd_data, ranked
 from pyro_hvae.evidence import log_evidence
 from pyro_hvae.problem import Problem, of_pair
 from pyro_hvae.weights import log_mean_exp, psis
 
 __all__ = ["compare", "held_out", "loo"]
+
+METHODS = ("stacking", "BB-pseudo-BMA", "pseudo-BMA")
 
 
 def loo(tree: Any, var_name: str | None = None) -> Any:
@@ -120,6 +123,7 @@ def loo(tree: Any, var_name: str | None = None) -> Any:
         >>> round(result.elpd, 1), bool(result.pareto_k.max() < 0.7)
         (-11.9, True)
     """
+    check_tree(tree)
     likelihood = _likelihood(tree, var_name)
     data = [dim for dim in likelihood.dims if dim not in ("chain", "draw")]
     if not data:
@@ -186,6 +190,12 @@ def compare(models: Mapping[str, Any], *, method: str = "stacking", var_name: st
     """
     import xarray as xr
 
+    if not isinstance(models, Mapping):
+        raise TypeError(f"models must be a mapping from names to trees or results of loo, got {type(models).__name__}")
+    check_choice("method", method, METHODS)
+    strange = [name for name, one in models.items() if not (isinstance(one, xr.DataTree) or hasattr(one, "elpd_i"))]
+    if strange:
+        raise TypeError(f"models {strange} are neither trees of to_datatree nor results of loo or held_out")
     if len(models) < 2:
         raise ValueError(f"a comparison takes two models or more, got {list(models)}")
     results = {name: loo(one, var_name) if isinstance(one, xr.DataTree) else one for name, one in models.items()}
@@ -228,6 +238,7 @@ def held_out(
     """
     import xarray as xr
 
+    check_switch("progress", progress)
     plates = problem.structure.common
     if not plates:
         raise ValueError(

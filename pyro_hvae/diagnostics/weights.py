@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_hvae.arguments import check_count
+from pyro_hvae.diagnostics.arviz_versions import check_tree
 from pyro_hvae.weights import effective_sample_size, good_khat, psis
 
 __all__ = ["resample", "smoothed_weights"]
@@ -99,8 +101,9 @@ def resample(tree: Any, num_draws: int | None = None, *, seed: int = 0) -> Any:
     """
     import xarray as xr
 
-    if num_draws is not None and num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    if num_draws is not None:
+        check_count("num_draws", num_draws)
+    check_count("seed", seed, 0)
     smoothed = smoothed_weights(tree)
     weights = smoothed["weight"]
     data = weights.dims[2:]
@@ -151,6 +154,7 @@ def _stratified(weights: np.ndarray, count: int, generator: np.random.Generator)
 
 def _log_weights(tree: Any) -> Any:
     """Return ``log_weight`` of a tree; refuse a tree without weights of its posterior."""
+    check_tree(tree)
     stats = tree.children.get("sample_stats")
     if stats is None or "log_weight" not in stats:
         draws = tree.attrs.get("draws", "unknown")

@@ -20,7 +20,7 @@ from pyro_hvae import distributions
 from pyro_hvae.arguments import check_choice
 from pyro_hvae.diffusion.levels import broadcast_level, check_event_shape
 from pyro_hvae.diffusion.parameterisations import PARAMETERISATIONS, convert
-from pyro_hvae.diffusion.process import Noising
+from pyro_hvae.diffusion.process import Noising, grid_like
 from pyro_hvae.diffusion.reverse import ReverseChain
 from pyro_hvae.diffusion.schedules import Schedule
 from pyro_hvae.diffusion.twists import GaussianTwist, LogLikelihood
@@ -216,13 +216,13 @@ class DenoisingChain(ReverseChain):
 
     def layer_kernel(self) -> Callable[[int, Tensor, Any], TorchDistribution]:
         assert self.num_layers is not None
-        schedule, grid = self.schedule, self.schedule.grid(self.num_layers)
+        schedule, num_layers = self.schedule, self.num_layers
         gammas: list[Tensor] | None = None
 
         def kernel(i: int, parent: Tensor, context: Any) -> TorchDistribution:
             nonlocal gammas
             if gammas is None:
-                gammas = schedule.given(context).layers(grid.to(parent))
+                gammas = schedule.given(context).layers(grid_like(schedule, num_layers, parent))
             return self._transition(Noising(gammas[i - 1]), Noising(gammas[i]), parent, context)
 
         return kernel

@@ -34,7 +34,7 @@ from pyro_hvae.chains.missing import zero_masked
 from pyro_hvae.diffusion.levels import broadcast_level, check_event_shape
 from pyro_hvae.diffusion.schedules import Schedule
 
-__all__ = ["Diffusion", "Noising", "NoisingProcess", "broadcast_level"]
+__all__ = ["Diffusion", "Noising", "NoisingProcess", "broadcast_level", "grid_like"]
 
 _INFINITE = (
     "a diffusion in continuous time has infinitely many sites and can't be run as a program: train it with "
@@ -67,6 +67,12 @@ class Noising(NamedTuple):
         of_x = other.alpha * variance_step * torch.exp(-F.logsigmoid(self.gamma))
         variance = variance_step * torch.exp(F.logsigmoid(other.gamma) - F.logsigmoid(self.gamma))
         return of_z, of_x, variance
+
+
+def grid_like(schedule: Schedule, num_layers: int, like: Tensor) -> Tensor:
+    """Return the times of layers 1, ..., T, made on the device of ``like`` and of its dtype."""
+    with like.device:
+        return schedule.grid(num_layers).to(like)
 
 
 class NoisingProcess(PyroModule):
@@ -275,7 +281,7 @@ class Diffusion(NoisingProcess):
 
     def conditionals(self, x: Tensor) -> Iterator[Callable[[Tensor], TorchDistribution]]:
         assert self.num_layers is not None
-        gammas = self.schedule.layers(self.schedule.grid(self.num_layers).to(x))
+        gammas = self.schedule.layers(grid_like(self.schedule, self.num_layers, x))
         levels = [Noising(self._wide(gamma, x)) for gamma in gammas]
 
         def conditional(alpha: Tensor, scale: Tensor) -> Callable[[Tensor], TorchDistribution]:

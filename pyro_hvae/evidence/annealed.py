@@ -26,7 +26,8 @@ from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.path import Path
 from pyro_hvae.evidence.temperatures import adaptive_temperatures, temperatures
 from pyro_hvae.problem import Problem, of_pair
-from pyro_hvae.weights import effective_sample_size, log_mean_exp
+from pyro_hvae.weights import log_mean_exp
+from pyro_hvae.weights.means import unchecked_sample_size
 
 __all__ = ["Chains", "anneal", "annealing", "run_chains", "tuned_moves"]
 
@@ -105,7 +106,7 @@ def _resampled(
 ) -> tuple[Any, Tensor, Any]:
     """Resample chains of data with a low ESS; the log mean of their weights is added to ``log_means``."""
     count = len(total)
-    uneven = effective_sample_size(total) < 0.5 * count
+    uneven = unchecked_sample_size(total) < 0.5 * count
     flat = total.softmax(0).reshape(count, -1).T
     drawn = torch.multinomial(flat, count, replacement=True).T.reshape(total.shape)
     own = torch.arange(count, device=total.device).reshape(-1, *(1,) * (total.dim() - 1)).expand(total.shape)

@@ -21,7 +21,7 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hvae.arguments import check_choice, check_count
+from pyro_hvae.arguments import check_choice, check_count, check_switch
 from pyro_hvae.bounds.smc import SMCBound
 from pyro_hvae.evidence.annealed import run_chains, tuned_moves
 from pyro_hvae.evidence.bases import base_problem, drawn_prior
@@ -169,6 +169,7 @@ def log_evidence(
     check_count("num_samples", num_samples)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    check_switch("progress", progress)
     least = 1 if method in ("enumerate", "exact") else 10
     if num_samples < least or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"need num_samples >= {least} and chunk_size >= 1, got {num_samples} and {chunk_size}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_hvae import devices
 from pyro_hvae.problem import Layout, Problem, Run, total
 
 __all__ = ["Path", "State"]
@@ -140,7 +141,7 @@ class Path:
             state[name] = transform.inv(value)
             # Transforms clip: a value outside of the support is mapped back to another one.
             lost = ~((transform(state[name]) - value).abs() <= 1e-3 * (1 + value.abs()))
-            if bool(lost.any()):
+            if devices.has_values(lost) and bool(lost.any()):
                 raise ValueError(
                     f"site '{name}' has {int(lost.sum())} values that are NaN or outside of {fn.support}, where the "
                     f"base draws it: {value[lost][:3]}"

@@ -163,6 +163,8 @@ def compare_guides(
             "forward": forward_kl(problem, num_samples=num_samples, **shared),
             "reverse": reverse_kl(problem, **shared),
         }
+    elif not isinstance(guides, Mapping):
+        raise TypeError(f"guides must be a mapping from names to Pyro programs, got {guides!r}")
     elif not guides:
         raise ValueError("guides is empty: give guides by name, or None for the two products")
     with unchanged(problem.model, problem.guide, *guides.values()), torch.no_grad():

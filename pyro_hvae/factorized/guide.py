@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -144,6 +144,8 @@ class ProductGuide(PyroModule):
     ) -> None:
         super().__init__(name)
         self.latents = latents
+        if families is not None and not isinstance(families, Mapping):
+            raise TypeError(f"families must be a mapping from sites to families, got {families!r}")
         named = dict(families or {})
         check_blocks(latents, blocks, named)
         of = {name: tuple(block) for block in blocks for name in block}
@@ -253,7 +255,8 @@ def block_diagonal(blocks: Sequence[Any]) -> Tensor:
 
 def check_blocks(latents: Latents, blocks: Sequence[Sequence[str]], named: Mapping[str, Any]) -> None:
     """Refuse invalid blocks, and families of unknown sites."""
-    if isinstance(blocks, str) or any(isinstance(block, str) for block in blocks):
+    whole = isinstance(blocks, Iterable) and not isinstance(blocks, str)
+    if not whole or any(isinstance(block, str) or not isinstance(block, Iterable) for block in blocks):
         raise ValueError(f"blocks is a list of groups of site names, such as [('z1', 'z2')], got {blocks!r}")
     names = [name for block in blocks for name in block]
     unknown = sorted({*names, *named} - set(latents.sites))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count, check_number
 from pyro_hvae.bounds import TraceELBO
 from pyro_hvae.factorized.ascent import ascend, is_tabular
 from pyro_hvae.factorized.draws import draw, prepare, with_prior
@@ -46,10 +47,8 @@ class Adam(NamedTuple):
     learning_rate: float
 
     def check(self) -> None:
-        if self.num_steps < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                f"need num_steps >= 1 and learning_rate > 0, got {self.num_steps} and {self.learning_rate}"
-            )
+        check_count("num_steps", self.num_steps)
+        check_number("learning_rate", self.learning_rate, 0.0, ends="()")
 
 
 @of_model
@@ -117,10 +116,14 @@ def reverse_kl(
 def checked_start(latents: Latents, start: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Check the values of a start, and expand them to the shapes of their sites."""
     checked = {}
+    if start is not None and not isinstance(start, Mapping):
+        raise TypeError(f"start must be a mapping from sites to tensors, got {start!r}")
     for name, value in (start or {}).items():
         if name not in latents.sites:
             raise ValueError(f"start names '{name}', which is no latent site; there are {list(latents.sites)}")
         site = latents.sites[name]
+        if not isinstance(value, (Tensor, int, float)):
+            raise TypeError(f"start of site '{name}' must be a tensor or a number, got {value!r}")
         value = torch.as_tensor(value).to(latents.like.device)
         try:
             value = value.expand(site.shape)

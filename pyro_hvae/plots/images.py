@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_hvae.plots.canvas import array
+from pyro_hvae.arguments import check_count
+from pyro_hvae.plots.canvas import check_names, numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,17 +27,22 @@ def samples(images: Any, shape: tuple[int, int], *, columns: int = 10, titles: S
         titles: a label for each row.
 
     Raises:
-        ValueError: if the pixels do not fit the shape.
+        ValueError: if the pixels do not fit the shape, or there is no image.
 
     Example:
         >>> len(samples(torch.zeros(4, 6), (2, 3), columns=2).axes)
         4
     """
+    check_count("columns", columns)
     if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("images is empty: there is nothing to draw")
         rows = [_images(part, shape) for part in images]
     else:
         whole = _images(images, shape)
         rows = [whole[start : start + columns] for start in range(0, len(whole), columns)]
+    if titles is not None:
+        check_names("titles", titles, len(rows))
     from pyro_hvae.plots.figure import Picture
 
     across = max(len(row) for row in rows)
@@ -67,7 +73,11 @@ def reconstructions(x: Any, xhat: Any, shape: tuple[int, int], *, columns: int =
         >>> len(reconstructions(torch.zeros(3, 6), torch.zeros(3, 6), (2, 3)).axes)
         6
     """
-    return samples([array(x)[:columns], array(xhat)[:columns]], shape, titles=["data", "reconstruction"])
+    check_count("columns", columns)
+    data, drawn = _images(x, shape), _images(xhat, shape)
+    if len(data) != len(drawn):
+        raise ValueError(f"x has {len(data)} images and xhat {len(drawn)}: pass the reconstructions of the same data")
+    return samples([data[:columns], drawn[:columns]], shape, titles=["data", "reconstruction"])
 
 
 def traversal(
@@ -133,8 +143,12 @@ def _check_units(latents: Mapping[str, torch.Tensor], units: Mapping[str, Sequen
 
 
 def _images(values: Any, shape: tuple[int, int]) -> np.ndarray:
-    images = array(values)
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise ValueError(f"shape must be (height, width) in pixels, got {shape!r}")
+    for name, size in zip(("height", "width"), shape, strict=True):
+        check_count(f"the {name} in shape", size)
+    images = numbers("images", values)
     pixels = shape[0] * shape[1]
-    if images.size % pixels or images.reshape(len(images), -1).shape[1] != pixels:
+    if images.ndim == 0 or images.size % pixels or images.reshape(len(images), -1).shape[1] != pixels:
         raise ValueError(f"images of shape {images.shape} do not fit {shape[0]} x {shape[1]} = {pixels} pixels each")
     return images.reshape(-1, *shape)

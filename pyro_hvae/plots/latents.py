@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_hvae.plots.canvas import STYLES, array, panels
+from pyro_hvae.arguments import check_count
+from pyro_hvae.plots.canvas import STYLES, array, check_names, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,12 @@ def schedule(*schedules: Any, labels: list[str] | None = None, points: int = 200
         >>> [axis.get_ylabel() for axis in schedule(LinearSchedule()).axes]
         ['gamma = -log SNR', 'noise variance']
     """
+    strange = [type(one).__name__ for one in schedules if not callable(one)]
+    if strange or not schedules:
+        raise TypeError(f"schedules must be of pyro_hvae.diffusion, such as LinearSchedule(), got {strange or 'none'}")
+    check_count("points", points, 2)
     names = [type(gamma_of).__name__ for gamma_of in schedules] if labels is None else labels
+    check_names("labels", names, len(schedules))
     figure, (left, right) = panels(2, width=3.4, height=3.0)
     t = torch.linspace(0.0, 1.0, points)
     for gamma_of, name, style in zip(schedules, names, STYLES * len(schedules), strict=False):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_hvae.plots.canvas import STYLES, array, panels
+from pyro_hvae.arguments import check_count, check_switch
+from pyro_hvae.plots.canvas import STYLES, panels
+from pyro_hvae.plots.canvas import numbers as values_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,11 +38,21 @@ def training_curves(history: Any, *, terms: bool = True) -> Figure:
         >>> figure.axes[0].get_ylabel()
         'nats per datum'
     """
-    records = list(history)
+    check_switch("terms", terms)
+    records = list(history) if isinstance(history, Iterable) else [history]
     if not records:
         raise ValueError("the history has no record: there is nothing to draw")
+    if not all(isinstance(record, Mapping) and "step" in record for record in records):
+        raise TypeError(
+            f"history must be a History, or records such as {{'step': 1, 'loss': 3.0}}, got {str(history)[:60]!r}"
+        )
     layers = sorted({key for record in records for key in record if key.startswith(("kl_", "rate_"))})
     curves = ["loss", "validation_loss", "reconstruction"]
+    drawn = [record[name] for record in records for name in (*curves, *layers) if record.get(name) is not None]
+    strange = [value for value in drawn if isinstance(value, bool) or not isinstance(value, numbers.Real)]
+    if strange or not drawn:
+        found = f"{strange[0]!r} among its losses" if strange else "no loss"
+        raise ValueError(f"the history has {found}: there is nothing to draw")
     figure, axes = panels(2 if terms and layers else 1, width=5.0, height=3.4)
     for axis, names in zip(axes, (curves, layers), strict=False):
         for name, style in zip(names, itertools.cycle(STYLES)):
@@ -71,11 +85,21 @@ def layer_kl(terms: Any, *, units: Mapping[str, int] | None = None) -> Figure:
         >>> layer_kl({"kl_z2": 1.0, "rate_z1": 3.0, "reconstruction": -9.0}).axes[0].get_ylabel()
         'nats per datum'
     """
+    if units is not None and not isinstance(units, Mapping):
+        raise TypeError(f"units must be a mapping from sites to numbers of units, got {units!r}")
+    for site, count in (units or {}).items():
+        check_count(f"units[{site!r}]", count, 0)
     if hasattr(terms, "data_vars") and "term" in terms:
         rows = [terms[name].values.tolist() for name in ("layer", "term", "analytic", "active_units")]
         units = dict(zip(rows[0], rows[3], strict=True)) if units is None else units
         terms = {f"{'kl' if analytic else 'rate'}_{name}": term for name, term, analytic, _ in zip(*rows, strict=True)}
-    means = {name: float(np.mean(array(v))) for name, v in terms.items() if name.startswith(("kl_", "rate_"))}
+    if not isinstance(terms, Mapping):
+        raise TypeError(f"terms must be a mapping from names to nats, or of layers(), got {type(terms).__name__}")
+    chosen = {name: values for name, values in terms.items() if name.startswith(("kl_", "rate_"))}
+    means = {name: float(np.mean(values_of(name, values))) for name, values in chosen.items()}
+    undefined = [name for name, mean in means.items() if not math.isfinite(mean)]
+    if undefined:
+        raise ValueError(f"the terms {undefined} are NaN or infinite: there is no bar of that height")
     if not means:
         raise ValueError(f"no layer terms (kl_<site> or rate_<site>) among {sorted(terms)}")
     figure, (axis,) = panels(1, width=1.6 + 1.1 * len(means), height=3.2)
@@ -83,9 +107,9 @@ def layer_kl(terms: Any, *, units: Mapping[str, int] | None = None) -> Figure:
     bars = axis.bar(list(means), list(means.values()), hatch=hatches, color="0.75", edgecolor="0.2", width=0.6)
     for name, bar in zip(means, bars, strict=True):
         site = name.split("_", 1)[1]
-        count = "" if units is None or site not in units else f"\n{units[site]} active"
+        active = "" if units is None or site not in units else f"\n{units[site]} active"
         axis.annotate(
-            f"{means[name]:.2f}{count}",
+            f"{means[name]:.2f}{active}",
             (bar.get_x() + 0.3, max(bar.get_height(), 0.0)),
             ha="center",
             va="bottom",

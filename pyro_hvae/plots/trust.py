@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_hvae.plots.canvas import STYLES, array, panels
+from pyro_hvae.arguments import check_number
+from pyro_hvae.plots.canvas import STYLES, array, check_result, numbers, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +33,12 @@ def khat_scatter(khats: Any) -> Figure:
         'Pareto k-hat'
     """
     data = khats.to_dataset() if hasattr(khats, "to_dataset") else khats
+    if not hasattr(data, "data_vars"):
+        raise TypeError(f"khats must be a result of pyro_hvae.diagnostics.khats, got {type(khats).__name__}")
     if "per_datum" not in data:
         raise ValueError("there is no k-hat for each datum: no latent of the pair is local to one")
+    if "good_k" not in data.attrs or bool(data["per_datum"].isnull().any()):
+        raise ValueError("khats is no whole result: it has no attrs['good_k'], the limit, or a k-hat is NaN")
     names = ["all layers"]
     values = [data["per_datum"].values.ravel()]
     if "per_layer" in data and data.sizes["layer"] > 1:
@@ -74,7 +79,11 @@ def calibration_ecdf(calibration: Any, *, names: list[str] | None = None, level:
     """
     from pyro_hvae.diagnostics.uniformity import ecdf_bands
 
-    names = list(calibration.ranks) if names is None else names
+    check_result("calibration", calibration, ("ranks", "num_draws"), "pyro_hvae.diagnostics.calibrate")
+    check_number("level", level, 0.0, 1.0, ends="()")
+    if names is not None and (not isinstance(names, (list, tuple)) or not names or set(names) - set(calibration.ranks)):
+        raise ValueError(f"names must be some of {list(calibration.ranks)}, got {names!r}")
+    names = list(calibration.ranks) if names is None else list(names)
     figure, axes = panels(len(names), width=3.2, height=2.8)
     for axis, name in zip(axes, names, strict=True):
         ranks = calibration.ranks[name]
@@ -108,12 +117,16 @@ def evidence_bracket(bracket: Any, *, elbo: Any = None, others: Mapping[str, Any
         >>> evidence_bracket(two).axes[0].get_ylabel()
         'nats'
     """
+    check_result("bracket", bracket, ("lower", "upper", "upper_is_bound"), "pyro_hvae.evidence_sandwich")
+    if others is not None and not isinstance(others, Mapping):
+        raise TypeError(f"others must be a mapping from names to nats, got {others!r}")
     low, high = array(bracket.lower).ravel(), array(bracket.upper).ravel()
     order = np.argsort(low)
     place = np.arange(len(order))
     figure, (axis,) = panels(1, width=5.0, height=3.2)
     kind = "bound" if bracket.upper_is_bound else "estimate"
     marked = ({} if elbo is None else {"ELBO": elbo}) | dict(others or {})
+    marked = {name: numbers(name, values, len(low)) for name, values in marked.items()}
     open_below = np.isneginf(low[order])
     ends = np.concatenate([low, high, *(array(values).ravel() for values in marked.values())])
     ends = ends[np.isfinite(ends)]

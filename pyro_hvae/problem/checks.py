@@ -11,6 +11,7 @@ from pyro.poutine import Trace
 from pyro.util import check_site_shape
 from torch import Tensor
 
+from pyro_hvae import devices
 from pyro_hvae.problem.structure import sample_sites
 
 __all__ = ["check_enumerated_shapes", "check_observation", "check_observations", "check_particles", "check_shapes"]
@@ -83,7 +84,7 @@ def check_observation(name: str, fn: Any, value: Tensor, mask: Any = None) -> No
     Raises:
         ValueError: with the count and the first index of the values outside.
     """
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or not devices.has_values(value, mask):
         return
     hidden = _hidden(mask, value, fn)
     if value.is_floating_point():

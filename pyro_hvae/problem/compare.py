@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pyro.poutine import Trace
 
+from pyro_hvae import devices
 from pyro_hvae.problem.structure import (
     is_deterministic,
     is_enumerated,
@@ -129,6 +130,8 @@ def _check_support(name: str, model_site: Site, guide_site: Site) -> bool:
                 f"site '{name}' is {type(model_leaf).__name__} in the model and {type(guide_leaf).__name__} in the "
                 "guide, one of them discrete: use distributions of one kind in both"
             )
+        if not devices.has_values(value):
+            return True
         try:
             inside = bool(model_site["fn"].support.check(value).all())
         except (NotImplementedError, RuntimeError, ValueError):
@@ -184,6 +187,8 @@ def _same_mask(first: Any, second: Any) -> bool:
     if first is second:
         return True
     first, second = torch.as_tensor(first), torch.as_tensor(second)
+    if not devices.has_values(first, second):
+        return first.shape == second.shape
     try:
         return bool((first == second).all())
     except RuntimeError:

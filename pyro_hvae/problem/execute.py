@@ -20,6 +20,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem.isolation import (
@@ -152,6 +153,7 @@ def _with_own_parameters(program: PyroModule, *args: Any, **kwargs: Any) -> Any:
     store = pyro.get_param_store()
     shadowed = {name: (store._params[name], store._constraints[name]) for name in _own_names(program)}
     forget_parameters(store, shadowed)
+    _store_frozen(store, program)
     try:
         return program(*args, **kwargs)
     finally:
@@ -159,6 +161,17 @@ def _with_own_parameters(program: PyroModule, *args: Any, **kwargs: Any) -> Any:
         for name, (parameter, constraint) in shadowed.items():
             store._params[name], store._constraints[name] = parameter, constraint
             store._param_to_name[parameter] = name
+
+
+def _store_frozen(store: Any, program: PyroModule) -> None:
+    """Put the plain parameters that need no gradient into Pyro's store; its statements would turn the gradient on."""
+    for module in program.modules():
+        if isinstance(module, PyroModule):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.requires_grad and not name.endswith("_unconstrained"):
+                    full = module._pyro_get_fullname(name)
+                    store._params[full], store._constraints[full] = parameter, constraints.real
+                    store._param_to_name[parameter] = full
 
 
 def _own_names(program: PyroModule) -> list[str]:

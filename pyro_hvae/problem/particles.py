@@ -10,6 +10,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_hvae import devices
 from pyro_hvae.problem.isolation import fingerprint, isolated
 from pyro_hvae.problem.plates import LayoutError
 from pyro_hvae.problem.structure import leaf_distribution, sample_sites
@@ -105,7 +106,7 @@ def _differing(problem: Problem, count: int, once: frozenset[str]) -> list[str]:
         for many, single in ((together.log_p, alone.log_p), (together.log_q, alone.log_q)):
             for name in set(many) - once:
                 terms = many[name].expand(count, *many[name].shape[1:])[particle]
-                if not torch.allclose(terms, single[name][0], rtol=1e-3, atol=1e-4, equal_nan=True):
+                if not devices.close(terms, single[name][0], rtol=1e-3, atol=1e-4):
                     differing.add(name)
     return sorted(differing)
 

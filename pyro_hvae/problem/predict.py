@@ -261,7 +261,8 @@ def _replicates(problem: Problem, num_draws: int) -> Predictions:
     structure = problem.structure
     parts: list[dict[str, Tensor]] = []
     names = [name for name in structure.observed if not structure.sites[name].deterministic]
-    latents = (*structure.drawn, *structure.enumerated, *structure.enumerated_in_guide)
+    own = frozenset(structure.auxiliary)  # of the guide alone; no draws of the model
+    latents = [n for n in (*structure.drawn, *structure.enumerated, *structure.enumerated_in_guide) if n not in own]
     size = max(1, _ELEMENTS // max(1, sum(s["value"].numel() for s in sample_sites(problem.look()[0]))))
     for count in chunks(num_draws, size):
         run = problem.run(count, draw_enumerated=True)

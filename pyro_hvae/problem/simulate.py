@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_hvae import devices
 from pyro_hvae.modules import evaluation_mode
 from pyro_hvae.problem.isolation import RUNNING, fingerprint, isolated, kept_buffers, unchanged
 from pyro_hvae.problem.knowledge import argument_key
@@ -45,11 +46,11 @@ def simulate(problem: Problem) -> Simulation:
     model, args, kwargs = problem.model, problem.args, problem.kwargs
     bound_model, _, rest = problem.programs.bound()
     facts, key = problem.knowledge.facts, ("simulated", argument_key(args, kwargs), fingerprint(model))
+    leaves, spec = tree_flatten((args, dict(kwargs)))
     with RUNNING, evaluation_mode(model), torch.no_grad():
-        with isolated(model), pyro.validation_enabled(key not in facts):
+        with isolated(model), pyro.validation_enabled(key not in facts and devices.has_values(*leaves)):
             seen = {s["name"]: s for s in sample_sites(poutine.trace(bound_model).get_trace(*args, **rest))}
         observed = {name: s for name, s in seen.items() if s["is_observed"] and not is_deterministic(s)}
-        leaves, spec = tree_flatten((args, dict(kwargs)))
         _check_densities(seen)
         places = _places(observed, leaves)
         fresh = key not in facts
@@ -135,7 +136,7 @@ def _check_unread(simulated: Problem, seen: Mapping[str, Any]) -> None:
         if is_deterministic(site) or name not in again.nodes:
             continue
         before, after = (fn.log_prob(site["value"]) for fn in (site["fn"], again.nodes[name]["fn"]))
-        if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-4, atol=1e-5, equal_nan=True):
+        if before.shape != after.shape or not devices.close(before, after):
             bad.append(name)
     _refuse_reads(sorted(bad))
 

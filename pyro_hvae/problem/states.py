@@ -19,6 +19,7 @@ from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.rings import SampleRing
 from torch import Tensor
 
+from pyro_hvae import devices
 from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.problem.structure import sample_sites
 
@@ -47,7 +48,7 @@ def draw_states(enumerated: Enumerated) -> dict[str, Tensor]:
         ring = SampleRing(cache=cache, dim_to_size=sizes)
         for roots in contract_tensor_tree(terms, present, ring=ring).values():
             for root in roots:
-                if not bool(torch.isfinite(root).all()):
+                if devices.has_values(root) and not bool(torch.isfinite(root).all()):
                     raise ValueError(
                         f"the states of {list(enumerated.structure.enumerated)}, which are summed out, can't be drawn: "
                         "at some draw of the guide no state has a positive probability, or a density is NaN. Check the "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_hvae import devices
 from pyro_hvae.problem.structure import leaf_distribution
 
 __all__ = ["Interval", "bare_support", "interval_of", "reached", "support_ends", "vanishes"]
@@ -45,6 +46,8 @@ class Interval:
         return None
 
     def _beyond(self, other: Interval) -> tuple[bool, bool]:
+        if not devices.has_values(self.low, self.high, other.low, other.high):
+            return False, False
         low, high = self.low - _rounding(self.low), self.high + _rounding(self.high)
         try:
             return bool((other.low < low).any()), bool((other.high > high).any())
@@ -66,7 +69,7 @@ def support_ends(fn: Any) -> list[Tensor]:
     except (NotImplementedError, AttributeError):
         return []
     ends = [] if interval is None else [interval.low, interval.high]
-    return [end for end in ends if bool(torch.isfinite(end).any())]
+    return [end for end in ends if not devices.has_values(end) or bool(torch.isfinite(end).any())]
 
 
 def _rounding(end: Tensor) -> Tensor:
@@ -155,4 +158,6 @@ def vanishes(leaf: Any, number: float, value: Tensor) -> bool:
             density = leaf.log_prob(torch.full_like(value, number))
         except (ValueError, RuntimeError, NotImplementedError, IndexError):
             return False
+    if not devices.has_values(density):
+        return True
     return bool((density == -math.inf).any()) and not bool(torch.isnan(density).any())

@@ -16,10 +16,12 @@ much narrower than the sum of the data's bounds.  Results are in float64.
 from __future__ import annotations
 
 import math
+import numbers as real
 
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.weights.means import check_weights, log_mean_exp
 
 __all__ = [
@@ -57,7 +59,7 @@ def markov_lower(log_weights: Tensor, delta: float, *, sum_dims: int = 0) -> Ten
         >>> markov_lower(torch.zeros(10), 0.05).round(decimals=4)
         tensor(-2.9957, dtype=torch.float64)
     """
-    return _summed(log_mean_exp(_checked(log_weights)), sum_dims) - log_inverse(delta)
+    return _summed(log_mean_exp(_checked(log_weights, sum_dims)), sum_dims) - log_inverse(delta)
 
 
 def median_lower(log_weights: Tensor, delta: float, *, num_groups: int = 27, sum_dims: int = 0) -> Tensor:
@@ -81,7 +83,7 @@ def median_lower(log_weights: Tensor, delta: float, *, num_groups: int = 27, sum
         tensor(-1.0600, dtype=torch.float64)
     """
     log_inverse(delta)
-    log_weights = _checked(log_weights)
+    log_weights = _checked(log_weights, sum_dims)
     if num_groups < 1 or num_groups % 2 == 0:
         raise ValueError(f"a median needs an odd number of groups, got {num_groups}")
     count = min(num_groups, len(log_weights) - (len(log_weights) + 1) % 2)
@@ -115,7 +117,7 @@ def product_lower(log_weights: Tensor, delta: float, *, sum_dims: int = 0) -> Te
         tensor(-0.0040, dtype=torch.float64)
     """
     nats = log_inverse(delta)
-    log_weights = _checked(log_weights)
+    log_weights = _checked(log_weights, sum_dims)
     whole = _summed(log_mean_exp(log_weights), sum_dims)
     first = len(log_weights) // 8
     if first < _LEAST_PILOT:
@@ -255,7 +257,7 @@ def log_inverse(delta: float) -> float:
     Raises:
         ValueError: for a ``delta`` outside of (0, 1).
     """
-    if not 0.0 < delta < 1.0:
+    if isinstance(delta, bool) or not isinstance(delta, real.Real) or not 0.0 < delta < 1.0:
         raise ValueError(
             f"delta is the probability that a bound does not hold and lies in (0, 1), got {delta}; write 0.05 for an "
             "interval that holds with a probability of 95 %"
@@ -263,8 +265,13 @@ def log_inverse(delta: float) -> float:
     return -math.log(delta)
 
 
-def _checked(log_weights: Tensor) -> Tensor:
-    """Return log-weights in float64; refuse those that bound nothing."""
+def _checked(log_weights: Tensor, sum_dims: int = 0) -> Tensor:
+    """Return log-weights in float64; refuse those that bound nothing, and more dims of data than they have."""
+    if not isinstance(log_weights, Tensor):
+        raise TypeError(f"log_weights must be a tensor, got {type(log_weights).__name__}")
+    check_count("sum_dims", sum_dims, 0)
+    if log_weights.dim() and sum_dims >= log_weights.dim():
+        raise ValueError(f"log_weights have {log_weights.dim() - 1} dim(s) after the draws', and sum_dims={sum_dims}")
     if log_weights.dim() == 0 or len(log_weights) == 0:
         raise ValueError(f"log_weights of shape {tuple(log_weights.shape)} have no draws along the first dim")
     check_weights(log_weights)

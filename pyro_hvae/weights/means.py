@@ -14,7 +14,17 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_weights", "effective_sample_size", "log_mean_exp", "log_mean_exp_stderr"]
+from pyro_hvae import devices
+from pyro_hvae.arguments import check_count
+
+__all__ = [
+    "check_weights",
+    "count_draws",
+    "effective_sample_size",
+    "log_mean_exp",
+    "log_mean_exp_stderr",
+    "unchecked_sample_size",
+]
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -25,7 +35,7 @@ def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
         dim: the dim of the draws.
 
     Returns:
-        The shape without ``dim``; ``-inf`` where all weights are zero.
+        The shape without ``dim``; ``-inf`` where all weights are zero, NaN or +inf where a log-weight is.
 
     Raises:
         ValueError: if there are no draws.
@@ -34,7 +44,8 @@ def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
         >>> log_mean_exp(torch.tensor([1.0, 3.0]).log()).exp().round(decimals=4)
         tensor(2.)
     """
-    return log_weights.logsumexp(dim) - math.log(_count(log_weights, dim, 1))
+    count = count_draws(log_weights, dim, 1)
+    return log_weights.logsumexp(dim) - math.log(count)
 
 
 def log_mean_exp_stderr(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -50,13 +61,14 @@ def log_mean_exp_stderr(log_weights: Tensor, dim: int = 0) -> Tensor:
         The shape without ``dim``, in nats; NaN where all weights are zero.
 
     Raises:
-        ValueError: for fewer than 2 draws.
+        ValueError: for fewer than 2 draws, or log-weights that are NaN or +inf.
 
     Example:
         >>> log_mean_exp_stderr(torch.tensor([1.0, 3.0]).log()).round(decimals=4)  # sd 2**.5, mean 2
         tensor(0.5000)
     """
-    count = _count(log_weights, dim, 2)
+    count = count_draws(log_weights, dim, 2)
+    _refuse_invalid(log_weights, dim)
     deviation = torch.expm1(log_weights.log_softmax(dim) + math.log(count))  # of w / mean(w) from 1
     return (deviation.square().sum(dim) / (count * (count - 1))).sqrt()
 
@@ -72,7 +84,7 @@ def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
         The shape without ``dim``; NaN where all weights are zero.
 
     Raises:
-        ValueError: if there are no draws.
+        ValueError: if there are no draws, or log-weights are NaN or +inf.
 
     Reference:
         Sequential Imputations and Bayesian Missing Data Problems (Kong, Liu and Wong, 1994).
@@ -81,8 +93,14 @@ def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
         >>> effective_sample_size(torch.zeros(10))
         tensor(10.)
     """
-    count = _count(log_weights, dim, 1)
-    return (-(2 * log_weights.log_softmax(dim)).logsumexp(dim)).exp().clamp(1.0, count)
+    count_draws(log_weights, dim, 1)
+    _refuse_invalid(log_weights, dim)
+    return unchecked_sample_size(log_weights, dim)
+
+
+def unchecked_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
+    """Compute :func:`effective_sample_size` without a look at values, for steps that must not wait for a device."""
+    return (-(2 * log_weights.log_softmax(dim)).logsumexp(dim)).exp().clamp(1.0, log_weights.shape[dim])
 
 
 def check_weights(log_weights: Tensor, dim: int = 0) -> None:
@@ -101,7 +119,7 @@ def check_weights(log_weights: Tensor, dim: int = 0) -> None:
         ValueError: 1 of 2 data have a log-weight that is NaN or +inf (an improper posterior, or a density without a
         bound); the first has index (1,), at draw 1
     """
-    _count(log_weights, dim, 1)
+    count_draws(log_weights, dim, 1)
     top = log_weights.amax(dim)  # NaN if any is
     for bad, what in (
         (
@@ -121,10 +139,26 @@ def check_weights(log_weights: Tensor, dim: int = 0) -> None:
             raise ValueError(f"{who} {what}{where}")
 
 
-def _count(log_weights: Tensor, dim: int, least: int) -> int:
+def _refuse_invalid(log_weights: Tensor, dim: int) -> None:
+    """Refuse log-weights that are no logarithms, NaN or +inf."""
+    invalid = log_weights.isnan() | (log_weights == torch.inf)
+    if devices.has_values(log_weights) and bool(invalid.any()):
+        first = tuple(int(i) for i in invalid.nonzero()[0])
+        raise ValueError(
+            f"{int(invalid.sum())} of {log_weights.numel()} log-weights are NaN or +inf; the first has index {first}: "
+            "a density without a bound, or a draw outside of its support; check_weights names such data"
+        )
+
+
+def count_draws(log_weights: Tensor, dim: int, least: int) -> int:
     """Return the number of draws; refuse too few."""
     if not isinstance(log_weights, Tensor):
         raise TypeError(f"log_weights must be a tensor, got {type(log_weights).__name__}")
+    if not log_weights.is_floating_point():
+        raise TypeError(f"log_weights are {log_weights.dtype}; give floating-point numbers, log_weights.double()")
+    check_count("dim", dim, -log_weights.dim())
+    if log_weights.dim() and dim >= log_weights.dim():
+        raise ValueError(f"dim must be below {log_weights.dim()}, the number of dims of log_weights, got {dim}")
     count = log_weights.shape[dim] if log_weights.dim() else 0
     if count < least:
         raise ValueError(

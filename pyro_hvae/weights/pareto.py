@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_hvae.arguments import check_count
 from pyro_hvae.weights.lattice import lattice_khat
-from pyro_hvae.weights.means import check_weights
+from pyro_hvae.weights.means import check_weights, count_draws
 from pyro_hvae.weights.tail import (
     LEAST_DRAWS,
     constant_tail,
@@ -110,11 +110,7 @@ def good_khat(num_draws: int) -> float:
 
 def _rows(log_weights: Tensor, dim: int) -> Tensor:
     """Check log-weights, and reshape them to ``(R, S)``."""
-    if not isinstance(log_weights, Tensor):
-        raise TypeError(f"log_weights must be a tensor, got {type(log_weights).__name__}")
-    if not log_weights.is_floating_point():
-        raise TypeError(f"log_weights are {log_weights.dtype}; give floating-point numbers, log_weights.double()")
-    count = log_weights.shape[dim] if log_weights.dim() else 1
+    count = count_draws(log_weights, dim, 1)
     if count < 5:
         raise ValueError(
             f"a tail can't be fitted to {count} draw(s): at least 5 are needed, and some hundreds are wise"

@@ -224,7 +224,7 @@ def test_what_is_refused(fit, model, options, message):
         (lambda: forward_kl(impossible, X), "the whole posterior has no draw with a positive weight"),
         (lambda: forward_kl(broken, X), "the whole posterior has a log-weight that is NaN"),
         (lambda: reverse_kl(broken, X, start={"b": 6.0}), r"the ELBO is nan at step \d"),
-        (lambda: reverse_kl(plain, X, num_steps=0), "need num_steps >= 1"),
+        (lambda: reverse_kl(plain, X, num_steps=0), "num_steps must be at least 1"),
         (lambda: reverse_kl(plain, X, start={"c": 0.0}), "start names 'c', which is no latent site"),
         (lambda: reverse_kl(plain, X, start={"b": -1.0}), "start of site 'b' lies outside of its support"),
         (lambda: reverse_kl(plain, X, start={"b": torch.ones(2)}), "does not broadcast to its"),

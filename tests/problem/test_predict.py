@@ -11,6 +11,7 @@ from torch import nn
 
 import pyro_hvae as ph
 from pyro_hvae.problem import Predictions, Problem, predict
+from tests.programs import build
 
 DRAWS = 1500
 NOISE = 0.5
@@ -207,6 +208,14 @@ class TestShapes:
         guide = TestLocal().guide(6)
         with pytest.raises(ValueError, match=r"'own' has shape \(6,\).*\(5,\).*plates="):
             predict(groups, guide, torch.zeros(5), torch.zeros(5, dtype=torch.long), plates=["groups"])
+
+
+def test_a_variable_of_the_guide_alone_is_no_draw_of_the_model():
+    pair = build("auxiliary")
+    drawn = ph.predict(pair.model, pair.guide, *pair.args, num_draws=400)
+    assert list(drawn) == ["x"]
+    assert list(drawn.latents) == ["z"]
+    check(drawn["x"], 0.7 * pair.args[0], torch.full((4,), 0.36 + 0.25))
 
 
 class TestTree:

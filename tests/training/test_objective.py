@@ -7,11 +7,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_hvae.bounds import DiffusionELBO, Regularised, TraceELBO, warm_up
+from pyro_hvae.bounds import IWELBO, DiffusionELBO, Regularised, TraceELBO, warm_up
 from pyro_hvae.models import vae, vdm
 from pyro_hvae.nn import DenoisingMLP
 from pyro_hvae.training import NonFiniteError, fit
@@ -174,6 +174,31 @@ def test_two_autoguides_of_one_name_keep_their_parameters():
         ends.append(guide)
     found = [float(guide.median()["mean"]) for guide in ends]
     assert found == pytest.approx([float(x.mean()) + 3.0, float(x.mean()) - 3.0], abs=0.2)
+
+
+def test_parameters_of_an_autoguide_are_held_where_a_gradient_needs_it():
+    """Statements of Pyro's store turn the gradient of a plain parameter on: ``stl`` was refused."""
+
+    def model(x):
+        pair = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pair.sum(-1), 1.0), obs=x)
+
+    x = torch.arange(3.0)
+    guide = AutoMultivariateNormal(model)
+    objective = PairObjective(IWELBO(4, "stl"), model, guide, (x,), {}, None)
+    found = []
+    for loss in (lambda: 3 * objective(x), lambda: IWELBO(4, "stl").differentiable_loss(model, guide, x)):
+        pyro.set_rng_seed(1)
+        found.append(torch.autograd.grad(loss(), list(guide.parameters())))
+    assert all(torch.allclose(*pair) for pair in zip(*found, strict=True))
+    assert float(found[0][0].abs().max()) > 0
+    pyro.clear_param_store()
+    guide.loc.requires_grad_(False)
+    before = guide.loc.clone()
+    fit(model, guide, x, bound=TraceELBO(), steps=3, batch_size=3, optimizer=sgd, **quiet)
+    assert torch.equal(guide.loc, before)
+    assert not guide.loc.requires_grad
 
 
 # -- records

@@ -64,7 +64,27 @@ def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor], noise: str)
 
     The inputs are fake tensors of one mode with a shape environment: without one, Inductor has no cache on disk, and
     every process compiles all graphs again.
+
+    Inductor asks the compiler first whether it knows each set of instructions that the processor has, which takes as
+    long as the graph of a small program.  So the answer is assumed, and asked for only where the compiler then fails.
     """
+    from torch._inductor import config
+
+    if config.cpp.vec_isa_ok is not None:
+        return _compiled(module, tensors, noise, instructions=config.cpp.vec_isa_ok)
+    try:
+        return _compiled(module, tensors, noise, instructions=True)
+    except Exception:
+        from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+        valid_vec_isa_list.cache_clear()
+        return _compiled(module, tensors, noise, instructions=None)
+
+
+def _compiled(
+    module: fx.GraphModule, tensors: Sequence[Tensor], noise: str, instructions: bool | None
+) -> Callable[..., Any]:
+    """Compile a graph; ``instructions``: whether the compiler knows those of the processor, None to ask it."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch
         from torch._guards import TracingContext, tracing
@@ -78,7 +98,8 @@ def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor], noise: str)
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
         examples = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in tensors]
         owned = _owned(module, keep_draws=noise == "eager")
-        patch = config.patch(fallback_random=noise == "eager", post_grad_custom_post_pass=SplitBias())
+        settings = {"fallback_random": noise == "eager", "post_grad_custom_post_pass": SplitBias()}
+        patch = config.patch({**settings, "cpp.vec_isa_ok": instructions})
         with patch, tracing(TracingContext(mode)):
             compiled: Any = compile_fx(owned, examples)
     return compiled

@@ -31,3 +31,25 @@ def test_a_product_with_factors_is_left_alone():
     module = _split(lambda b, m, n: torch.addmm(b, m, n, beta=2.0, alpha=0.5), bias, left, right)
     torch.testing.assert_close(module(bias, left, right), 2.0 * bias + 0.5 * left @ right)
     assert aten.addmm.default in [node.target for node in module.graph.nodes]
+
+
+def test_the_compiler_is_asked_for_its_instructions_only_where_it_fails(monkeypatch):
+    """Asking takes as long as the graph of a small program; a setting of the user's is kept."""
+    from torch._inductor import config
+
+    from pyro_hvae.training.compile import program
+
+    asked = []
+
+    def compiled(module, tensors, noise, instructions):
+        asked.append(instructions)
+        if instructions:
+            raise RuntimeError("unrecognised option -mavx512f")
+        return module
+
+    monkeypatch.setattr(program, "_compiled", compiled)
+    assert program.compile_graph("graph", [], "eager") == "graph"
+    assert asked == [True, None]
+    with config.patch({"cpp.vec_isa_ok": False}):
+        program.compile_graph("graph", [], "eager")
+    assert asked == [True, None, False]
