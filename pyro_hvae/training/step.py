@@ -50,6 +50,11 @@ class EagerStep:
         total = None
         for index, (args, kwargs) in enumerate(batches):
             loss = self.objective(*args, **kwargs)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss depends on no parameter that is trained, so there is nothing to train: parameters may "
+                    "have requires_grad=False, and CUBO and EUBO hold those of the model"
+                )
             if len(batches) > 1:
                 loss = loss / len(batches)
             self._backward(loss, last=index == len(batches) - 1)

@@ -118,6 +118,11 @@ def diffusion() -> tuple[nn.Module, nn.Module]:
 
 
 PAIR, DIFFUSION, COUNTS = (lambda: (Model(), Guide())), diffusion, (lambda: (Counts(), Guide()))
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> dist.Normal:
+        return dist.Normal(x, 1.0).to_event(1)
+
+
 Make = Callable[[], tuple[nn.Module, nn.Module]]
 OPTIONS: dict[str, Any] = {"num_chains": 2, "betas": 3}
 
@@ -126,6 +131,7 @@ FUNCTIONS: dict[str, tuple[Make, Callable[..., Any]]] = {
     "amortize": (PAIR, lambda m, g, x: ph.amortize(m, x)),
     "anneal": (PAIR, lambda m, g, x: ph.evidence.anneal(m, g, x, **OPTIONS)),
     "calibrate": (PAIR, lambda m, g, x: ph.diagnostics.calibrate(m, g, x.repeat(8, 1), num_draws=9)),
+    "condition": (DIFFUSION, lambda m, g, x: ph.condition(m, y=x, likelihood=Noisy(), num_particles=8, num_filters=10)),
     "compare_guides": (PAIR, lambda m, g, x: ph.compare_guides(m, x, guides={"own": g}, proposal=g, num_samples=100)),
     "diagnose": (PAIR, lambda m, g, x: ph.diagnose(m, g, x, num_draws=100)),
     "evidence_interval": (PAIR, lambda m, g, x: ph.evidence_interval(m, g, x, budget=300)),
@@ -140,6 +146,9 @@ FUNCTIONS: dict[str, tuple[Make, Callable[..., Any]]] = {
     "posterior_error": (PAIR, lambda m, g, x: ph.posterior_error(m, g, x, num_draws=100, budget=300)),
     "posterior_gap": (PAIR, lambda m, g, x: ph.evidence.posterior_gap(m, g, x, num_samples=12, num_steps=2)),
     "predict": (PAIR, lambda m, g, x: ph.predict(m, g, x, num_draws=3)),
+    "reconstruction_guidance": (
+        DIFFUSION, lambda m, g, x: ph.evidence.reconstruction_guidance(m, y=x, likelihood=Noisy(), num_draws=4)
+    ),
     "refine": (PAIR, lambda m, g, x: ph.evidence.refine(m, g, x, num_steps=2)),
     "reverse_kl": (PAIR, lambda m, g, x: ph.reverse_kl(m, x, num_steps=3)),
     "to_datatree": (PAIR, lambda m, g, x: ph.to_datatree(m, g, x, num_draws=4)),
