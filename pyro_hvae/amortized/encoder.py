@@ -2,7 +2,8 @@ r"""Networks from inputs along plates to the parameters of a latent.
 
 A latent in plates P is shown, element by element, the inputs whose plates are among P.  Inputs in further plates E
 are pooled over E: inputs with the same E are joined and embedded, and of the embeddings :math:`e` (with the inputs
-themselves and their squares) the mean and the sum over the elements that are not masked are shown, with their number.
+themselves and their squares) the mean and the sum over the elements that are not masked are shown, with their number,
+and the log of the variance of the inputs among these elements.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ __all__ = ["Encoder", "Shown", "groups_of", "perceptron"]
 
 SQUARES_UP_TO = 32
 """Inputs of at most so many columns are pooled as they are and squared, besides their embedding."""
+SMALLEST_VARIANCE = 1e-4
+"""Added to variances within groups, in units of the variance of all."""
 
 
 class Shown(NamedTuple):
@@ -83,7 +86,7 @@ class Encoder(nn.Module):
             plain = columns if columns <= SQUARES_UP_TO or not hidden else 0
             pooled_widths.append(columns)
             self.embed.append(perceptron(columns, hidden[:-1] or hidden, hidden[-1]) if hidden else nn.Identity())
-            width += 2 + 2 * ((2 * plain + hidden[-1]) if hidden else plain)
+            width += 2 + ((5 * plain + 2 * hidden[-1]) if hidden else 2 * plain)
         self.counts: Tensor
         self.register_buffer("counts", torch.zeros(len(pooled_widths)))
         self.width, self.hidden = width, tuple(hidden)
@@ -139,7 +142,13 @@ class Encoder(nn.Module):
         if not self.calibrated:
             usual.copy_(count.mean().clamp_min(1.0))
         number = torch.cat([count / usual - 1.0, (count + 1.0).log() - (usual + 1.0).log()], -1)
-        return _join([total / count.clamp_min(1.0), total / usual, number])
+        mean = total / count.clamp_min(1.0)
+        parts = [mean, total / usual, number]
+        if self.hidden and joined.shape[-1] <= SQUARES_UP_TO:
+            middle, square = mean.split(joined.shape[-1], -1)[:2]
+            variance = (square - middle.square()).clamp_min(0.0)
+            parts.append(0.5 * (variance + SMALLEST_VARIANCE).log())
+        return _join(parts)
 
     calibrated = False
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_hvae.amortized.transforms import below_diagonal, inner_support, transform_onto
+from pyro_hvae.amortized.transforms import Skew, TriangularAffine, below_diagonal, inner_support, transform_onto
 from pyro_hvae.problem.structure import leaf_distribution
 
 __all__ = ["CustomHead", "DiscreteHead", "GaussianHead", "make_head"]
@@ -22,6 +22,8 @@ RANK = 8
 """Rank of the covariance of larger events, besides its diagonal."""
 FLOOR = 1e-5
 """Smallest standard deviation, in those of the prior."""
+MOST_SKEW = 2.0
+"""Largest skew, at which the longer tail is some e^4 times the shorter."""
 START = 0.3
 """The standard deviation at the start, in those of the prior, and in the units of the real line at most."""
 
@@ -34,7 +36,8 @@ def make_head(name: str, fn: Any, family: Any, draws: Tensor) -> GaussianHead | 
     Args:
         name: of the site.
         fn: its distribution in the model.
-        family: ``"full"``, ``"low_rank"``, ``"diagonal"``, ``"logits"``, ``"enumerate"``, a function, or None.
+        family: ``"skewed"``, ``"full"``, ``"low_rank"``, ``"diagonal"``, ``"logits"``, ``"enumerate"``, a function, or
+            None.
         draws: of the prior, ``(S, ...)``.
 
     Raises:
@@ -50,7 +53,7 @@ def make_head(name: str, fn: Any, family: Any, draws: Tensor) -> GaussianHead | 
     if type(leaf_distribution(fn)).__name__ == "Delta":
         raise ValueError(f"site '{name}' is a Delta, of which nothing is to be inferred: write pyro.deterministic")
     discrete = ("logits", "enumerate")
-    continuous = ("full", "low_rank", "diagonal")
+    continuous = ("skewed", "full", "low_rank", "diagonal")
     allowed = discrete if support.is_discrete else continuous
     if family is not None and family not in allowed and (support.is_discrete or not callable(family)):
         kind = "discrete" if support.is_discrete else "continuous"
@@ -80,17 +83,17 @@ def make_head(name: str, fn: Any, family: Any, draws: Tensor) -> GaussianHead | 
     if callable(family):
         return CustomHead(family, event, middle, scale)
     size = event.numel()
-    kind = family or ("full" if size <= FULL_UP_TO else "low_rank")
+    kind = family or ("low_rank" if size > FULL_UP_TO else "full" if is_identity(transform) else "skewed")
     return GaussianHead(kind, event, middle, scale)
 
 
 class GaussianHead(nn.Module):
-    """A Gaussian on the real line, mapped onto the support.
+    """A Gaussian on the real line, skewed where asked for, mapped onto the support.
 
     It starts at the prior's median, narrower than the prior.
 
     Args:
-        kind: ``"full"``, ``"low_rank"`` or ``"diagonal"``.
+        kind: ``"skewed"``, ``"full"``, ``"low_rank"`` or ``"diagonal"``.
         event: event shape on the real line.
         loc, scale: of the prior on the real line, of each of its d elements.
     """
@@ -110,11 +113,14 @@ class GaussianHead(nn.Module):
         self.register_buffer("offset", start.expm1().log())
         size = event.numel()
         self.rank = min(RANK, size)
-        more = {"full": size * (size - 1) // 2, "low_rank": size * self.rank, "diagonal": 0}[kind]
+        triangle = size * (size - 1) // 2
+        more = {"skewed": 2 * size + triangle, "full": triangle, "low_rank": size * self.rank, "diagonal": 0}[kind]
         self.outputs = 2 * size + more
 
     def __repr__(self) -> str:
-        return f"{self.kind} Gaussian in {self.event.numel()} dims" if self.event.numel() > 1 else "Gaussian"
+        if self.event.numel() > 1:
+            return f"{self.kind} Gaussian in {self.event.numel()} dims"
+        return "skewed Gaussian" if self.kind == "skewed" else "Gaussian"
 
     def forward(self, outputs: Tensor, fn: Any) -> Any:
         """Return the distribution from outputs (..., :attr:`outputs`); ``fn`` is the model's, whose support it has."""
@@ -124,7 +130,9 @@ class GaussianHead(nn.Module):
         rest = outputs[..., 2 * size :]
         transform = transform_onto(inner_support(fn))
         base: Any
-        if not self.event or (size == 1 and len(self.event) == 1) or self.kind == "diagonal":
+        if self.kind == "skewed":
+            base = _skewed(loc, scale, rest)
+        elif not self.event or (size == 1 and len(self.event) == 1) or self.kind == "diagonal":
             shape = outputs.shape[:-1] + self.event
             base = dist.Normal(loc.reshape(shape), scale.reshape(shape)).to_event(len(self.event))
         elif self.kind == "full":
@@ -141,14 +149,32 @@ def mapped(base: Any, event: torch.Size, transform: Any) -> Any:
     parts = []
     if len(base.event_shape) == 1 and len(event) != 1:
         parts.append(torch.distributions.ReshapeTransform(base.event_shape, event))
+    if not is_identity(transform):
+        parts.append(transform)
+    return dist.TransformedDistribution(base, parts) if parts else base
+
+
+def is_identity(transform: Any) -> bool:
+    """Return whether a transform leaves all as it is."""
     plain = transform
     while isinstance(plain, torch.distributions.IndependentTransform):
         plain = plain.base_transform
-    if plain is not torch.distributions.identity_transform and not (
-        isinstance(plain, torch.distributions.ComposeTransform) and not plain.parts
-    ):
-        parts.append(transform)
-    return dist.TransformedDistribution(base, parts) if parts else base
+    if plain is torch.distributions.identity_transform:
+        return True
+    return isinstance(plain, torch.distributions.ComposeTransform) and not plain.parts
+
+
+def _skewed(loc: Tensor, scale: Tensor, rest: Tensor) -> Any:
+    """Return loc + scale L g(noise), with a bend g of each element and a unit lower triangle L."""
+    size = loc.shape[-1]
+    skew, tail = MOST_SKEW * torch.tanh(rest[..., :size] / MOST_SKEW), rest[..., size : 2 * size].tanh().exp()
+    parts: list[Any] = [Skew(skew, tail)]
+    if size > 1:
+        factor = scale[..., None] * (torch.eye(size).to(rest) + below_diagonal(rest[..., 2 * size :], size))
+        parts.append(TriangularAffine(loc, factor))
+    else:
+        parts.append(torch.distributions.AffineTransform(loc, scale))
+    return dist.TransformedDistribution(dist.Normal(torch.zeros_like(loc), 1.0).to_event(1), parts)
 
 
 class CustomHead(nn.Module):

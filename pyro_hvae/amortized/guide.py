@@ -201,10 +201,11 @@ def amortize(
         model: a Pyro program.  What it observes and conditions on must be among its arguments, for new data.
         args, kwargs: example data of the model; they standardise the inputs.
         hidden: widths of hidden layers; ``()`` for encoders that are linear.
-        families: by site, ``"full"`` (the default up to 40 dims), ``"low_rank"`` (the default above) or ``"diagonal"``:
-            a Gaussian on the real line, mapped onto the support; a function from the widths of features and event to
-            a module that maps features to a distribution of so many real numbers, as a flow; for discrete sites
-            ``"logits"`` (the default), or ``"enumerate"`` to sum over their values in the guide.
+        families: by site, a Gaussian on the real line, mapped onto the support: ``"full"`` (the default of real latents
+            of up to 40 dims), ``"skewed"`` (of full covariance and bent to a side, the default of latents with another
+            support), ``"low_rank"`` (the default above 40 dims) or ``"diagonal"``; a function from the widths of
+            features and event to a module that maps features to a distribution of so many real numbers, as a flow; for
+            discrete sites ``"logits"`` (the default), or ``"enumerate"`` to sum over their values in the guide.
         guides: programs of yours, which take the model's arguments and draw some of the latents, before all others.
         leave_out: latents that another program draws; this guide neither draws nor sees them.
         merge: groups of latents of the same plates that are drawn jointly, with the inputs of all of them.

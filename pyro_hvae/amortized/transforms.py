@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
-__all__ = ["PackedCholesky", "below_diagonal", "inner_support", "transform_onto"]
+__all__ = ["PackedCholesky", "Skew", "TriangularAffine", "below_diagonal", "inner_support", "transform_onto"]
 
 
 class PackedCholesky(Transform):
@@ -64,6 +64,80 @@ class PackedCholesky(Transform):
 
     def inverse_shape(self, shape: Any) -> torch.Size:
         return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+class Skew(Transform):
+    r"""Bend the real line: :math:`y = \frac{\sinh(\delta(\operatorname{asinh} x + \epsilon)) - \sinh \delta\epsilon}
+    {\delta\cosh\delta\epsilon}`.
+
+    The point 0 and the slope there are kept, so that the median and the scale of what is bent stay.  The sign of
+    :math:`\epsilon` is the side of the longer tail; :math:`\delta > 1` makes both tails heavier.
+
+    Args:
+        skew: :math:`\epsilon`.
+        tail: :math:`\delta > 0`; 1 and a skew of 0 leave all as it is.
+
+    Reference: Sinh-arcsinh distributions (Jones and Pewsey, 2009); their :math:`\delta` is the inverse of this.
+
+    Example:
+        >>> Skew(torch.tensor(0.0), torch.tensor(1.0))(torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([-1.,  0.,  2.])
+        >>> Skew(torch.tensor(1.0), torch.tensor(1.0))(torch.tensor([-1.0, 0.0, 1.0])).round(decimals=2)
+        tensor([-0.6800,  0.0000,  1.3200])
+    """
+
+    bijective = True
+    domain = codomain = constraints.real
+
+    def __init__(self, skew: Tensor, tail: Tensor) -> None:
+        super().__init__()
+        self.skew, self.tail = skew, tail
+
+    def _call(self, x: Tensor) -> Tensor:
+        start = self.tail * self.skew
+        return ((self.tail * x.asinh() + start).sinh() - start.sinh()) / (self.tail * start.cosh())
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        start = self.tail * self.skew
+        return ((start.sinh() + self.tail * start.cosh() * y).asinh() / self.tail - self.skew).sinh()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        start = self.tail * self.skew
+        bent = _log_cosh(self.tail * x.asinh() + start) - _log_cosh(start)
+        return bent - 0.5 * x.square().log1p()
+
+
+class TriangularAffine(Transform):
+    """Map a vector x to loc + L x, with a lower triangular L of positive diagonal for each element of a batch.
+
+    Args:
+        loc: (..., n).
+        factor: L, (..., n, n).
+
+    Example:
+        >>> TriangularAffine(torch.tensor([1.0, 0.0]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]))(torch.ones(2))
+        tensor([3., 2.])
+    """
+
+    bijective = True
+    domain = codomain = constraints.real_vector
+
+    def __init__(self, loc: Tensor, factor: Tensor) -> None:
+        super().__init__()
+        self.loc, self.factor = loc, factor
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.loc + (self.factor @ x.unsqueeze(-1)).squeeze(-1)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.factor, (y - self.loc).unsqueeze(-1), upper=False).squeeze(-1)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).expand(x.shape[:-1])
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    return x.abs() + torch.nn.functional.softplus(-2.0 * x.abs()) - math.log(2.0)
 
 
 def below_diagonal(values: Tensor, size: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import pyro_hvae as ph
 from pyro_hvae.amortized import amortize
 from pyro_hvae.amortized.families import make_head
-from pyro_hvae.amortized.transforms import PackedCholesky
+from pyro_hvae.amortized.transforms import PackedCholesky, Skew
 
 
 def pair(x, data_size=None):
@@ -238,7 +238,7 @@ SUPPORTS = [
 
 
 @pytest.mark.parametrize("fn", SUPPORTS, ids=lambda fn: type(fn).__name__)
-@pytest.mark.parametrize("family", [None, "low_rank", "diagonal"])
+@pytest.mark.parametrize("family", [None, "skewed", "low_rank", "diagonal"])
 @pytest.mark.filterwarnings("ignore:Singular sample")
 def test_families_are_on_the_support_and_start_near_the_prior(fn, family):
     torch.manual_seed(0)
@@ -248,6 +248,32 @@ def test_families_are_on_the_support_and_start_near_the_prior(fn, family):
     assert (made.batch_shape, made.event_shape) == (fn.batch_shape, fn.event_shape)
     assert fn.support.check(value).all()
     assert made.log_prob(value.detach().clone()).isfinite().all()
+
+
+@pytest.mark.parametrize(("skew", "tail"), [(0.0, 1.0), (1.3, 1.0), (-1.9, 0.5), (0.4, 2.5)])
+def test_bent_line(skew, tail):
+    bend, x = Skew(torch.tensor(skew), torch.tensor(tail)), torch.linspace(-6, 6, 101)
+    slope = torch.autograd.functional.jacobian(lambda v: bend(v).sum(), x)
+    torch.testing.assert_close(bend.log_abs_det_jacobian(x, bend(x)), slope.log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(bend.inv(bend(x)), x, rtol=1e-8, atol=1e-8)
+    assert float(bend(torch.zeros(()))) == 0
+    assert float(slope[50]) == pytest.approx(1.0)  # median and scale stay
+    assert ((bend(x) + bend(-x)).mean() > 0) == (skew > 0)
+
+
+def test_skewed_head_is_a_density():
+    """Of two dependent positive numbers: its integral, by importance from a wide Gaussian on the real line, is 1."""
+    fn = dist.HalfCauchy(torch.ones(2)).to_event(1)
+    head = make_head("z", fn, None, fn.sample((2000,)))
+    assert repr(head) == "skewed Gaussian in 2 dims"
+    made = head(torch.tensor([0.3, -0.2, 0.5, 0.1, 0.9, -0.7, 0.3, -0.2, 0.6]), fn)
+    with torch.no_grad():
+        free = made.sample((20_000,)).log()
+        wide = dist.MultivariateNormal(free.mean(0), 4 * free.mT.cov())
+        z = wide.sample((100_000,))
+        ratio = (made.log_prob(z.exp()) + z.sum(-1) - wide.log_prob(z)).exp()
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / 100_000**0.5
+    assert ratio.std() < 10
 
 
 @pytest.mark.parametrize("product", [False, True])
