@@ -21,7 +21,8 @@ def train(model, guide, data, bound, steps):
 def moments(model, guide, data, site, batches=5):
     """Mean and standard deviation of each group, from the guide's draws."""
     problem = ph.Problem(model, guide)(*data)
-    draws = [problem.run(4000).guide_trace.nodes[site]["value"].detach() for _ in range(batches)]
+    with torch.no_grad():
+        draws = [problem.run(4000).guide_trace.nodes[site]["value"] for _ in range(batches)]
     draws = torch.cat(draws).reshape(4000 * batches, -1)
     return draws.mean(0), draws.std(0)
 
