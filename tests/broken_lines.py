@@ -16,6 +16,7 @@ META = "tests/test_meta.py"
 VALUE = f"{B}/test_programs.py::test_value"
 
 PROBLEM = [
+    ("problem/particles.py", "SLACK * float(finite.max())", "0.0", PARTICLES),
     ("problem/execute.py", "_InParallel()(self._in_groups(guide))", "_InParallel()(guide)", f"{K}/test_d_groups.py"),
     # tensors without values, and parameters that are held
     ("devices.py", "isinstance(tensor, Tensor) and tensor.is_meta", "False", META),

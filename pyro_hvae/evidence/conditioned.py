@@ -150,11 +150,11 @@ def condition(
 
     Args:
         model: a denoising chain of finitely many layers, Gaussian or discrete.
-        y: observations (N, *shape of one), each with a posterior of its own; converted to the dtype of the model where
+        y: observations ``(N, *shape)``, each with a posterior of its own; converted to the dtype of the model where
             they are real.
-        likelihood: kernel p(y|x): a module from x (..., *event_shape) to a distribution with batch shape (...),
-            differentiable in x; for a chain over categories from their probabilities (..., *event_shape, C), which are
-            one-hot at a draw.  It hides missing entries by ``.mask(...)`` of its distribution.
+        likelihood: kernel p(y|x): a module from x ``(..., *event_shape)`` to a distribution with batch shape (...),
+            differentiable in x; for a chain over categories from their probabilities ``(..., *event_shape, C)``, which
+            are one-hot at a draw.  It hides missing entries by ``.mask(...)`` of its distribution.
         context: for the denoiser.
         options: see :class:`ConditionOptions`.
 
@@ -191,6 +191,7 @@ def condition(
     parts = _with_twist(model, y, likelihood, context, _twist_settings(settings), run)
     filters = torch.cat([part.log_evidence for part in parts])
     check_weights(filters)
+    # of a filter whose weights are all 0 these are NaN, and its estimate is -inf
     within = torch.cat([part.log_weights - log_mean_exp(part.log_weights) for part in parts], 1)
     x = torch.cat([part.last["x"] for part in parts], 1)
     return Conditioned(

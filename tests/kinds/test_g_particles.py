@@ -382,3 +382,24 @@ def test_a_moving_average_in_a_buffer(num_particles):
         1e-9,
         names=["buffer", "mean", "changes"],
     )
+
+
+@pytest.mark.parametrize(("moved", "refused"), [(1.2e-7, False), (1e-4, True)])
+def test_round_off_of_a_narrow_posterior_far_from_zero_is_no_mixing(moved, refused):
+    """Networks round their outputs otherwise for several particles: by 3e-6 at 30, a third of this guide's sd."""
+    zero = torch.zeros((), dtype=torch.float32)
+
+    def model():
+        for name in ("a", "b"):
+            pyro.sample(name, dist.Normal(zero, 10.0))
+
+    def guide():
+        a = pyro.sample("a", dist.Normal(zero, 1.0))
+        pyro.sample("b", dist.Normal(30.0 * (1.0 + moved * (a.dim() > 0)) + 0.0 * a, 1e-5))
+
+    bound = ph.TraceELBO(3)
+    if refused:
+        with pytest.raises(ValueError, match=r"density of site\(s\) \['b'\] in one particle"):
+            bound.per_datum(model, guide)
+    else:
+        assert bound.per_datum(model, guide).isfinite()
