@@ -95,7 +95,7 @@ PROBLEM = [
     ("problem/run.py", "if info is not None and info.mask_from_model and site[\"mask\"] is None:", "if False:", COMPARED),
     ("problem/run.py", "if value.dim() > rank and any(", "if value.dim() > 99 and any(", f"{PARTICLES} {RUN}"),
     # execute
-    ("problem/execute.py", "if msg[\"name\"] not in self.once and", "if", f"{B}/test_subsampling.py"),
+    ("problem/execute.py", "if msg[\"name\"] in self.once or", "if", f"{B}/test_subsampling.py"),
     ("problem/execute.py", "msg[\"value\"], msg[\"done\"] = self.indices[msg[\"name\"]], True", "pass", BATCHES),
     ("problem/execute.py", "stack.enter_context(evaluation_mode(programs.model, programs.guide))", "pass", MODES),
     ("problem/execute.py", "                stack.enter_context(kept_buffers(programs.model, programs.guide))\n", "",
