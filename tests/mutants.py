@@ -105,7 +105,7 @@ MUTANTS = [
      "self._layers(p, given_context(q, None), z", f"{D}/test_multivariate.py"),
     ("diffusion/denoising.py", "(0.5 * self._wide(schedule.derivative(t), z_t) * square).sum(dims)",
      "0.5 * self._wide(schedule.derivative(t), z_t).mean(-1) * square.sum(dims)", f"{D}/test_multivariate.py"),
-    ("diffusion/denoising.py", "gammas = schedule.given(context).layers(grid.to(parent))",
+    ("diffusion/denoising.py", "gammas = schedule.given(context).layers(grid_like(schedule, num_layers, parent))",
      "gammas = schedule.given(context).layers(grid.to(parent) ** 1.1)", f"{D}/test_multivariate.py"),
     ("diffusion/samplers.py", "gammas = chain.schedule.given(context).layers(times)",
      "gammas = chain.schedule.layers(times)", f"{D}/test_multivariate_training.py"),
