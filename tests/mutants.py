@@ -147,7 +147,7 @@ MUTANTS = [
      f"{D}/test_conditioned.py"),
     ("evidence/twisted.py", "[*_values(twist, s, own), layer, enters]", "[*_values(twist, s, own), enters]",
      f"{D}/test_conditioned.py"),
-    ("evidence/conditioned.py", "(within.nan_to_num(nan=0.0) + filters)", "within.nan_to_num(nan=0.0)",
+    ("evidence/conditioned.py", "filters, within + filters)", "filters, within)",
      f"{D}/test_conditioned.py"),
     ("evidence/conditioned.py", "evaluation_mode(model, likelihood), torch.no_grad()", "torch.no_grad()",
      f"{D}/test_conditioned_arguments.py"),

@@ -191,12 +191,12 @@ def condition(
     parts = _with_twist(model, y, likelihood, context, _twist_settings(settings), run)
     filters = torch.cat([part.log_evidence for part in parts])
     check_weights(filters)
-    # of a filter whose weights are all 0 these are NaN, and its estimate is -inf
     within = torch.cat([part.log_weights - log_mean_exp(part.log_weights) for part in parts], 1)
     x = torch.cat([part.last["x"] for part in parts], 1)
+    weights = torch.where(filters == -torch.inf, filters, within + filters)  # -inf - -inf where all of a filter are 0
     return Conditioned(
         x=x.transpose(0, 1).flatten(0, 1),
-        log_weights=(within.nan_to_num(nan=0.0) + filters).transpose(0, 1).flatten(0, 1),
+        log_weights=weights.transpose(0, 1).flatten(0, 1),
         filters=filters,
         step_ess=torch.cat([part.ess for part in parts], 1).mean(1) / shape[0],
         resamplings=torch.cat([part.resampled.sum(0) for part in parts]).to(filters).mean(0),

@@ -113,3 +113,14 @@ def model_evidence(model, x: Tensor) -> Tensor:
         reachable = log_p > -math.inf
         above = every[reachable][:, None].expand(-1, *x.shape)
         return (log_p[reachable, None] + model.likelihood(above).log_prob(x.expand_as(above))).logsumexp(0)
+
+
+def assert_rate_is_the_limit_of_short_steps(model, every: Tensor) -> None:
+    """At each pair of a state of the noise and a datum; rates are not negative."""
+    z, x = (part.expand(len(every), *every.shape) for part in (every[:, None], every))
+    for time in (0.1, 0.5, 0.9):
+        t, step = torch.tensor(time), 1e-6
+        rate = model.matching(None, t, z, x)
+        short = (model.matching(t - step, t, z, x) + model.matching(t, t + step, z, x)) / (2 * step)
+        torch.testing.assert_close(short, rate, atol=1e-4, rtol=1e-4)
+        assert (rate >= 0).all()

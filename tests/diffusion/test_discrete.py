@@ -14,6 +14,7 @@ from tests.diffusion.categories import (
     Linear,
     Masked,
     Replaced,
+    assert_rate_is_the_limit_of_short_steps,
     expected_bound,
     integrated,
     model_evidence,
@@ -167,13 +168,7 @@ def test_uniform_noise_in_continuous_time():
     model, guide = bits(Replaced(), None, "uniform")
     assert abs((BITS * (integrated(model, guide, X, points=200) - BITS.log())).sum()) < 1e-7
     wrong, _ = bits(Linear(), None, "uniform")
-    z, x = X[:, None].expand(8, 8, 3), X.expand(8, 8, 3)
-    for time in (0.1, 0.5, 0.9):
-        t, step = torch.tensor(time), 1e-6
-        rate = wrong.matching(None, t, z, x)
-        short = (wrong.matching(t - step, t, z, x) + wrong.matching(t, t + step, z, x)) / (2 * step)
-        torch.testing.assert_close(short, rate, atol=1e-4, rtol=1e-4)
-        assert (rate >= 0).all()
+    assert_rate_is_the_limit_of_short_steps(wrong, X)
 
 
 def test_rates_near_the_ends_are_finite_in_float32():
