@@ -8,7 +8,56 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["check_choice", "check_count", "check_number", "check_switch", "sequence_of"]
+__all__ = [
+    "ContextError",
+    "check_choice",
+    "check_context",
+    "check_count",
+    "check_number",
+    "check_switch",
+    "sequence_of",
+]
+
+
+class ContextError(ValueError):
+    """Error for a context that is missing, of another width, or not wanted.
+
+    Pyro appends the shapes of all sites to the message of an error inside of a trace; they are dropped here.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.split("\n", 1)[0])
+
+
+def check_context(name: str, context: Any, width: int) -> None:
+    """Refuse no context where there has to be one, another width than ``width``, and any context where it is 0.
+
+    Args:
+        name: of the program or network.
+        context: covariates (..., c), class labels (...) of an integer dtype, or None.
+        width: c, or the number of classes.
+
+    Raises:
+        ContextError: saying what to pass.
+
+    Example:
+        >>> check_context("'model'", None, 3)
+        Traceback (most recent call last):
+        pyro_hvae.arguments.ContextError: 'model' was built for a context of width 3, and got none: pass context=, a tensor (N, 3) with one row for each datum.
+    """  # noqa: E501
+    if not width:
+        if context is not None:
+            raise ContextError(f"{name} takes no context, and got one: build it for one, or leave context= out.")
+    elif context is None:
+        raise ContextError(
+            f"{name} was built for a context of width {width}, and got none: pass context=, a tensor (N, {width}) with "
+            "one row for each datum."
+        )
+    elif context.is_floating_point() and context.shape[-1:] != (width,):
+        raise ContextError(
+            f"{name} was built for a context of width {width}, and got one of shape {tuple(context.shape)}: pass "
+            f"context=, a tensor (N, {width}) with one row for each datum."
+        )
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

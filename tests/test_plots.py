@@ -98,7 +98,7 @@ def test_a_traversal_of_a_conditional_model_has_its_context():
         np.testing.assert_allclose(figure.axes[1].images[0].get_array(), expected, rtol=1e-6)
     with pytest.raises(ValueError, match="context is of one datum"):
         plots.traversal(model, latents, (2, 3), units={"z1": [1]}, context=torch.eye(3))
-    with pytest.raises(ValueError, match="expects a last dim of 5"):  # no context
+    with pytest.raises(ValueError, match=r"'model' was built for a context of width 3, and got none: pass context="):
         plots.traversal(model, latents, (2, 3), units={"z1": [1]})
 
 

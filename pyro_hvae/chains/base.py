@@ -13,6 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import ContextError, check_context
 from pyro_hvae.chains.arguments import check_data_size
 from pyro_hvae.chains.frames import TableData, read_table
 from pyro_hvae.chains.nesting import is_chain, is_diffusion, nested_steps, sites_of
@@ -136,7 +137,10 @@ class Chain(PyroModule):
         """Call a kernel; an error inside it is raised with the kernel's name and shapes."""
         try:
             return kernel(parent) if context is None else kernel(parent, context)
+        except ContextError:
+            raise
         except (RuntimeError, ValueError) as error:
+            self._check_context(context)
             message = self._misfit(site, kernel, parent, context, error)
             if message is None:
                 raise
@@ -161,6 +165,16 @@ class Chain(PyroModule):
             default = "shares them among all data, so its draws can't be resampled for each. Use IWELBO or TraceELBO."
             raise ValueError(f"{self.name!r} has Bayesian weights (PyroSample), and {why or default}")
 
+    def _check_context(self, context: Any) -> None:
+        """Refuse a context that does not fit what ready-made chains were built for, after a kernel has failed.
+
+        Raises:
+            ContextError: as in :func:`~pyro_hvae.arguments.check_context`.
+        """
+        width = (getattr(self, "factory", None) or {}).get("args", {}).get("context_dim")
+        if width is not None and (context is None or isinstance(context, Tensor)):
+            check_context(repr(self.name), context, width)
+
     def _misfit(self, site: str, kernel: Any, parent: Any, context: Any, error: Exception) -> str | None:
         said = str(error)
         if isinstance(error, RuntimeError) and not any(
@@ -181,6 +195,8 @@ class Chain(PyroModule):
                 else ""
             )
             text += f"; its first layer expects a last dim of {expected}{joined}"
+            if context is None and isinstance(parent, Tensor) and parent.dim() and parent.shape[-1] < expected:
+                text += f" (with a context= of width {expected - parent.shape[-1]}, if it was built for one)"
         return f"{text}: {said}"
 
     def data_plate(self, size: int, data_size: int | None, device: torch.device | None) -> pyro.plate:

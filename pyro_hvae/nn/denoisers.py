@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_hvae.arguments import check_count
+from pyro_hvae.arguments import ContextError, check_context, check_count
 from pyro_hvae.nn.layers import flatten_leading
 
 __all__ = ["Conditioning", "DenoisingMLP", "TimeEmbedding", "UNet"]
@@ -185,7 +185,8 @@ class Conditioning(nn.Module):
         if context is None:
             return embedding
         if not self.context_features:
-            raise ValueError("this denoiser takes no context: build it with context_features=.")
+            raise ContextError("this denoiser takes no context: build it with context_features=.")
+        check_context("this denoiser", context, self.context_features)
         if not context.is_floating_point():
             context = F.one_hot(context.long(), self.context_features)
         return embedding + self.context(context.to(embedding.dtype))

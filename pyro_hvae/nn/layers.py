@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_hvae.arguments import check_count
+from pyro_hvae.arguments import ContextError, check_context, check_count
 
 __all__ = ["MLP", "Flattened", "fill", "flatten_leading", "logit_of_mean", "xavier_"]
 
@@ -107,15 +107,12 @@ def context_features(context: Tensor | None, width: int, like: Tensor, name: str
     Raises:
         ValueError: for no context where the network has one, another width, or a context where it has none.
     """
-    if not width or context is None:
-        raise ValueError(
-            f"{name} takes no context: build it with context_features=." if not width else
-            f"{name} was built for a context of width {width}: pass it."
-        )  # fmt: skip
+    if not width:
+        raise ContextError(f"{name} takes no context: build it with context_features=.")
+    check_context(name, context, width)
+    assert context is not None
     if not context.is_floating_point():
         return nn.functional.one_hot(context.long(), width).to(like.dtype)
-    if context.shape[-1:] != (width,):
-        raise ValueError(f"{name} was built for a context of width {width}, got shape {tuple(context.shape)}.")
     return context.to(like.dtype)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_hvae.arguments import ContextError, check_context
 from pyro_hvae.nn.layers import MLP, xavier_
 
 __all__ = ["TableEncoder"]
@@ -80,11 +81,11 @@ class TableEncoder(nn.Module):
             codes = torch.arange(count, dtype=x.dtype, device=x.device)
             features = torch.cat([features, (x[..., j : j + 1] == codes).to(x.dtype)], -1)
         if self._context_features:
-            if context is None:
-                raise ValueError(f"TableEncoder was built for a context of width {self._context_features}: pass it.")
+            check_context("TableEncoder", context, self._context_features)
+            assert context is not None
             features = torch.cat([features, context.expand(*features.shape[:-1], context.shape[-1])], -1)
         elif context is not None:
-            raise ValueError("TableEncoder takes no context: build it with context_features=.")
+            raise ContextError("TableEncoder takes no context: build it with context_features=.")
         return self.layers(features)
 
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+import pyro_hvae as ph
+from pyro_hvae import models
+from pyro_hvae.arguments import ContextError
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.diffusion import Diffusion, LinearSchedule
 from pyro_hvae.kernels import Bernoulli, Gaussian, StandardNormal
@@ -44,6 +47,41 @@ class TestErrors:
         model = TopDown(z=StandardNormal(3), x=Bernoulli(nn.Linear(5, 5)))
         with pytest.raises(ValueError, match=r"expects a last dim of 5 \(3 \+ 4 of the context\)"):
             model(data(), context=torch.zeros(7, 4))
+
+    @pytest.mark.parametrize("build", [models.vae, models.hvae, models.ladder_vae])
+    def test_no_context_where_one_is_needed(self, build):
+        """Every verb says so in the same sentence, which names the argument and has none of Pyro's shapes."""
+        dims = {"latent_dim": 2} if build is models.vae else {"latent_dims": (3, 2)}
+        model, guide = build(event_shape=5, hidden=(4,), context_dim=3, **dims)
+        verbs = {
+            "model": (lambda: model(size=7), lambda: model(data()), lambda: ph.decode(model, {}, size=7)),
+            "guide": (
+                lambda: guide(data()),
+                lambda: ph.encode(guide, data()),
+                lambda: ph.reconstruct(model, guide, data()),
+                lambda: ph.interpolate(model, guide, data(), data()),
+                lambda: ph.impute(model, guide, data(), data() > 0),
+                lambda: ph.to_datatree(model, guide, data()),
+                lambda: ph.TraceELBO().loss(model, guide, data()),
+            ),
+        }
+        for name, calls in verbs.items():
+            for call in calls:
+                with pytest.raises(ContextError) as refused:
+                    call()
+                assert str(refused.value) == (
+                    f"'{name}' was built for a context of width 3, and got none: pass context=, a tensor (N, 3) with "
+                    "one row for each datum."
+                )
+        with pytest.raises(ContextError, match=r"width 3, and got one of shape \(7, 2\): pass context="):
+            model(data(), context=torch.zeros(7, 2))
+        with pytest.raises(ContextError, match="'model' takes no context, and got one"):
+            build(event_shape=5, hidden=(4,), **dims)[0](data(), context=torch.zeros(7, 2))
+
+    def test_a_hand_written_chain_that_may_lack_its_context(self):
+        model = TopDown(z=StandardNormal(3), x=Bernoulli(nn.Linear(5, 5)))
+        with pytest.raises(ValueError, match=r"expects a last dim of 5 \(with a context= of width 2"):
+            model(data())
 
     def test_dtype(self):
         with pytest.raises(ValueError, match=r"kernel 'z' of 'guide'.*torch.float32"):
