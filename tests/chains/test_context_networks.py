@@ -60,7 +60,7 @@ class TestImages:
         ("make", "message"),
         [
             (lambda: ConvEncoder((1, 4, 4), 5)(torch.zeros(2, 1, 4, 4), torch.zeros(2, 3)), "context_features="),
-            (lambda: ConvEncoder((1, 4, 4), 5, context_features=2)(torch.zeros(2, 1, 4, 4)), "width 2, and got none: pass context="),
+            (lambda: ConvEncoder((1, 4, 4), 5, context_features=2)(torch.zeros(2, 1, 4, 4)), "got none: pass context="),
             (lambda: ConvDecoder(3, (1, 4, 4), context_features=2)(torch.zeros(2, 3), torch.zeros(2, 5)), "width 2"),
             (lambda: ConvDecoder(3, (1, 4, 4))(torch.zeros(2, 3), torch.zeros(2, 5)), "context_features="),
         ],
