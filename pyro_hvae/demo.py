@@ -301,12 +301,28 @@ def _posterior(model: Any, guide: Any, test: Tensor, path: Path) -> list[str]:
 def _draw(model: Any, guide: Any, history: Any, outcome: dict[str, Any], test: Tensor, out: Path) -> list[str]:
     """Plot the HVAE; return the names of the files."""
     rows, titles = depths(model, guide, test[:12])
+    name = f"HVAE with {len(_LATENTS)} layers"
     figures = {
-        "training.png": plots.training_curves(history),
-        "layers.png": plots.layer_kl(outcome["terms"], units=outcome["active"]),
-        "reconstructions.png": plots.reconstructions(test, reconstruct(model, guide, test, num_draws=50), _SHAPE),
-        "samples.png": plots.samples(decode(model, {}, size=100).mean, _SHAPE),
-        "depths.png": plots.samples(rows, _SHAPE, titles=titles),
+        "training.png": plots.training_curves(history, title=f"{name}: training"),
+        "layers.png": plots.layer_kl(
+            outcome["terms"], units=outcome["active"], title=f"{name}: terms of the layers, held-out images"
+        ),
+        "reconstructions.png": plots.reconstructions(
+            test,
+            reconstruct(model, guide, test, num_draws=50),
+            _SHAPE,
+            title=f"{name}: held-out images and their reconstructions, "
+            f"log p(x) >= {outcome['log_likelihood']:.2f} nats ({outcome['bits_per_dim']:.3f} bits/dim)",
+        ),
+        "samples.png": plots.samples(
+            decode(model, {}, size=100).mean,
+            _SHAPE,
+            data=test[:100],
+            title=f"{name}: held-out images, and means of p(x | z1) for z drawn from the prior",
+        ),
+        "depths.png": plots.samples(
+            rows, _SHAPE, titles=titles, title=f"{name}: held-out images, decoded with the layers from one upwards kept"
+        ),
     }
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=150)

@@ -64,6 +64,9 @@ class Bracket:
 CALIBRATION = diagnostics.Calibration({"z": np.arange(20).reshape(20, 1) % 10}, 9)
 KHATS = xr.Dataset({"per_datum": ("data", [0.1, 0.9])}, attrs={"good_k": 0.7})
 KL = torch.tensor(0.1)
+PLAIN, _ = ph.vae(6, 2, hidden=(4,))
+CONDITIONAL, _ = ph.vae(6, 2, hidden=(4,), context_dim=3)
+PICTURE = plots.schedule(LinearSchedule())
 
 STATISTICS = {
     "plots.samples": (
@@ -75,6 +78,48 @@ STATISTICS = {
         lambda **o: plots.reconstructions(**({"x": torch.zeros(4, 6), "xhat": torch.zeros(4, 6), "shape": (2, 3)} | o)),
         {"x": ("x", 3, torch.zeros(0, 6), torch.zeros(4, 5), torch.zeros(3, 6)),
          "xhat": ("x", 3, torch.zeros(0, 6), torch.zeros(4, 5), torch.zeros(5, 6)), "shape": SHAPE, "columns": COUNT},
+    ),
+    "plots.traversal": (
+        lambda **o: plots.traversal(
+            **({"model": PLAIN, "latents": {"z1": torch.zeros(1, 2)}, "shape": (2, 3), "units": {"z1": [0]}} | o)
+        ),
+        {"model": (3, None, "vae", torch.nn.Linear(2, 6), ph.BottomUp(z1=ph.Gaussian(torch.nn.Linear(6, 4)))),
+         "latents": (3, None, {}, torch.zeros(1, 2), {"z9": torch.zeros(1, 2)}, {"z1": [[0.0, 0.0]]}, {"z1": None},
+                     {"z1": torch.zeros(2)}, {"z1": torch.zeros(2, 2)}, {"z1": torch.zeros(0, 2)},
+                     {"z1": torch.zeros(1, 0)}, {"z1": torch.zeros(1, 5)}, {"z1": torch.zeros(1, 1)},
+                     {"z1": torch.tensor([[0.0, nan]])}, {"z1": torch.tensor([[0.0, inf]])},
+                     {"z1": torch.zeros(1, 2), "z2": torch.zeros(1, 2)}, {"x": torch.zeros(1, 6)}),
+         "shape": SHAPE,
+         "units": (3, None, "z1", [0], {}, {"z2": [0]}, {"z1": []}, {"z1": 0}, {"z1": "0"}, {"z1": [2]}, {"z1": [-1]},
+                   {"z1": [0.5]}, {"z1": [True]}, {"z1": ["0"]}, {"z1": [nan]}, {"z1": None}),
+         "at": (3, None, "all", (), (nan,), (0.0, inf), ("low",), [[0.0, 1.0]], torch.zeros(0)),
+         "context": (torch.zeros(3), torch.zeros(1, 3)), "title": (3, "", b"a title")},
+    ),
+    "plots.traversal of a conditional model": (
+        lambda **o: plots.traversal(
+            **({"model": CONDITIONAL, "latents": {"z1": torch.zeros(1, 2)}, "shape": (2, 3), "units": {"z1": [0]},
+                "context": torch.zeros(3)} | o)
+        ),
+        {"context": (None, 3, "four", [0.0, 0.0, 1.0], torch.zeros(()), torch.zeros(0), torch.zeros(2),
+                     torch.zeros(1, 2), torch.zeros(2, 3), torch.zeros(1, 1, 3), torch.tensor([0.0, nan, 1.0]),
+                     torch.zeros(0, 3))},
+    ),
+    "plots.latent_map": (
+        lambda **o: plots.latent_map(**({"z": torch.randn(6, 2)} | o)),
+        {"z": (3, None, "z", [], {}, torch.zeros(6), torch.zeros(6, 1), torch.zeros(0, 2), torch.zeros(6, 2, 1),
+               torch.full((6, 2), nan), torch.tensor([[0.0, 1.0], [inf, 0.0]]), [["a", "b"]], torch.zeros(1, 3),
+               [[0.0, 1.0], [2.0]]),
+         "labels": (3, "abcdef", [0, 1], torch.zeros(7), torch.zeros(6, 1), torch.zeros(0), {}, [0, 1, "a", 2, 3, None],
+                    [[0], [1, 2], [], [], [], []], np.array([1, "a", 2, 3, 4, 5], dtype=object)),
+         "names": (3, "xy", ("x",), ("x", "y", "z"), (1, 2), [None, "y"], [], PICTURE.axes[0], PICTURE),
+         "label_name": (3, None, ["a"], PICTURE.axes[0]), "title": (3, "", " ", ["a"], PICTURE.axes[0])},
+    ),
+    "plots.latent_map of four units": (
+        lambda **o: plots.latent_map(**({"z": torch.randn(6, 4)} | o)), {"names": (("a", "b"), 3)},
+    ),
+    "plots.samples beside data": (
+        lambda **o: plots.samples(**({"images": torch.zeros(4, 6), "shape": (2, 3), "data": torch.zeros(9, 6)} | o)),
+        {"data": ("x", 3, torch.zeros(0, 6), torch.zeros(3, 5), []), "title": (3, "", ["a"])},
     ),
     "plots.schedule": (
         lambda **o: plots.schedule(*o.pop("schedules", (LinearSchedule(),)), **o),

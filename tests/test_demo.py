@@ -30,6 +30,8 @@ def test_demo_writes_what_it_says(made):
     assert json.loads((out / "results.json").read_text()) == results
     for name in ("training", "layers", "reconstructions", "samples", "depths"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    history = History.read(out / "hvae" / "history.jsonl")
+    assert history["divergence_weight"][0] < history["divergence_weight"][-1] == 1.0
     for name in ("hvae", "ladder_vae", "vae"):
         assert len(History.read(out / name / "history.jsonl")) > 0
         assert results["models"][name]["steps"] > 0

@@ -119,7 +119,7 @@ def test_maps_are_coloured_by_label():
 def test_schedules():
     figure = plots.schedule(LinearSchedule(-8.0, 4.0), CosineSchedule(-8.0, 4.0))
     assert labelled(figure)
-    assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["LinearSchedule", "CosineSchedule"]
+    assert [text.get_text() for text in figure.axes[1].get_legend().texts] == ["LinearSchedule", "CosineSchedule"]
 
 
 def test_images_that_do_not_fit():
@@ -146,3 +146,101 @@ def test_a_bracket_that_is_open_below():
     assert np.isfinite(segments).all()
     assert segments[0][:, 1].min() < -3.0
     np.testing.assert_array_equal(axis.lines[0].get_xdata(), [0])
+
+
+def pictures():
+    """Every kind of picture, as it is by default."""
+    torch.manual_seed(0)
+    case, names = linear_gaussian(2), ["z1", "log_q"]
+    model, guide = ph.hvae(6, (3, 2), hidden=(4,))
+    latents = ph.encode(guide, torch.zeros(1, 6), mean=True)
+    records = [
+        {"step": i, "loss": 9.0 / i, "kl_z2": 1.0, "rate_z1": 2.0, "divergence_weight": min(i / 3, 1.0)}
+        for i in range(1, 6)
+    ]
+    bracket = SimpleNamespace(lower=np.array([-2.0, -1.0]), upper=np.array([-1.9, -0.8]), upper_is_bound=True)
+    ranks = calibrate(case.model, case.exact, torch.zeros(100, case.x.shape[1]), num_draws=19)
+    return {
+        "training_curves": lambda **o: plots.training_curves(records, **o),
+        "layer_kl": lambda **o: plots.layer_kl({"kl_z2": 1.0, "rate_z1": 2.0}, units={"z1": 3}, **o),
+        "samples": lambda **o: plots.samples(torch.rand(13, 6), (2, 3), columns=5, data=torch.rand(20, 6), **o),
+        "reconstructions": lambda **o: plots.reconstructions(torch.rand(4, 6), torch.rand(4, 6), (2, 3), **o),
+        "traversal": lambda **o: plots.traversal(model, latents, (2, 3), units={"z1": [0, 2]}, at=(-2, 0, 2), **o),
+        "latent_map": lambda **o: plots.latent_map(torch.randn(40, 2), torch.arange(40) % 4, **o),
+        "schedule": lambda **o: plots.schedule(LinearSchedule(), CosineSchedule(), **o),
+        "khat_scatter": lambda **o: plots.khat_scatter(khats(case.model, case.other, case.x, num_draws=100), **o),
+        "calibration_ecdf": lambda **o: plots.calibration_ecdf(ranks, names=names, **o),
+        "evidence_bracket": lambda **o: plots.evidence_bracket(bracket, elbo=torch.tensor([-2.5, -1.5]), **o),
+    }
+
+
+@pytest.mark.parametrize("kind", plots.__all__)
+def test_a_picture_has_a_title_and_a_legend_that_covers_nothing(kind):
+    draw = pictures()[kind]
+    assert draw(title="VAE of digits").get_suptitle() == "VAE of digits"
+    figure = draw()
+    assert len(figure.get_suptitle()) > 5
+    assert all(axis.has_data() for axis in figure.axes)  # no panel is empty
+    figure.draw_without_rendering()
+    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend() is not None] + figure.legends
+    assert bool(legends) == (kind not in ("samples", "reconstructions", "traversal"))
+    whole = figure.get_window_extent()
+    for drawn in legends:
+        box = drawn.get_window_extent()
+        assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes)
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+
+
+def test_the_warm_up_is_shaded():
+    def spans(weights):
+        records = [{"step": 10 * i, "loss": 1.0, "kl_z": 1.0} for i in range(1, len(weights) + 1)]
+        for record, weight in zip(records, weights, strict=True):
+            record |= {} if weight is None else {"divergence_weight": weight}
+        figure = plots.training_curves(records)
+        drawn = [[(p.get_x(), p.get_x() + p.get_width()) for p in axis.patches] for axis in figure.axes]
+        assert drawn[0] == drawn[1]  # both panels
+        return drawn[0], [text.get_text() for text in figure.axes[0].get_legend().texts]
+
+    assert spans([0.2, 0.6, 1.0, 1.0]) == ([(0, 30)], ["loss", "KL weight below 1"])
+    assert spans([0.5, None, 4.0, 4.0]) == ([(0, 30)], ["loss", "KL weight below 4"])
+    assert spans([0.5, 1.0, 0.5, 1.0])[0] == [(0, 20), (30, 40)]  # a weight that falls again
+    for constant in ([1.0, 1.0], [4.0, 4.0], [None, None]):
+        assert spans(constant) == ([], ["loss"])
+
+
+def test_a_fit_records_what_is_shaded():
+    torch.manual_seed(0)
+    model, guide = ph.vae(4, 2, hidden=(3,))
+    bound = ph.Regularised(ph.LayerwiseELBO(), kl_weight=ph.bounds.warm_up(6))
+    x = torch.ones(8, 4)
+    result = ph.fit(model, guide, x, bound=bound, steps=8, log_every=2, validation=x, progress=False)
+    assert result.history["divergence_weight"] == pytest.approx([2 / 6, 4 / 6, 1.0, 1.0])
+    (span,) = plots.training_curves(result.history).axes[0].patches
+    assert (span.get_x(), span.get_width()) == (0, 6)
+    plain = ph.fit(model, guide, x, bound=ph.LayerwiseELBO(), steps=2, log_every=2, progress=False)
+    assert "divergence_weight" not in plain.history.names()
+
+
+def test_samples_stand_beside_data():
+    images, data = torch.rand(7, 6), torch.rand(30, 6)
+    figure = plots.samples(images, (2, 3), columns=4, data=data)
+    assert [part.get_suptitle() for part in figure.subfigs] == ["data", "samples"]
+    left, right = ([axis.images[0].get_array() for axis in part.axes] for part in figure.subfigs)
+    np.testing.assert_allclose(np.stack(left), data[:8].reshape(8, 2, 3))
+    np.testing.assert_allclose(np.stack(right), images.reshape(7, 2, 3))
+
+
+def test_columns_of_a_traversal_have_their_values():
+    figure = pictures()["traversal"]()
+    assert [axis.get_title() for axis in figure.axes] == ["-2", "0", "2", "", "", ""]
+    assert figure.get_supxlabel().startswith("value of the unit")
+    assert figure.get_suptitle() == "model: one unit moved at a time"
+
+
+def test_the_labels_of_a_map_have_a_name():
+    z = torch.randn(30, 2)
+    assert plots.latent_map(z, torch.rand(30), label_name="nats").axes[1].get_ylabel() == "nats"
+    legend = plots.latent_map(z, torch.arange(30) % 3, label_name="digit").axes[0].get_legend()
+    assert legend.get_title().get_text() == "digit"
+    assert plots.latent_map(torch.zeros(5, 3)).axes[0].get_xlabel() == "first component (0% of the variance)"

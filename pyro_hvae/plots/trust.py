@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_hvae.arguments import check_number
-from pyro_hvae.plots.canvas import STYLES, array, check_result, numbers, panels
+from pyro_hvae.plots.canvas import STYLES, array, check_result, entitle, legend, numbers, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["calibration_ecdf", "evidence_bracket", "khat_scatter"]
 
 
-def khat_scatter(khats: Any) -> Figure:
+def khat_scatter(khats: Any, *, title: str | None = None) -> Figure:
     """Plot k-hat of each datum, and of each layer, with the largest reliable value.
 
     Args:
         khats: of :func:`pyro_hvae.diagnostics.khats`, or its dataset.
+        title: of the picture, such as the model's name.
 
     Raises:
         ValueError: if there is no k-hat for each datum.
@@ -52,15 +53,18 @@ def khat_scatter(khats: Any) -> Figure:
         over = drawn > good
         axis.plot(np.flatnonzero(~over), drawn[~over], "o", color="0.6", markersize=3, label="to be trusted")
         axis.plot(np.flatnonzero(over), drawn[over], "x", color="0.1", markersize=4, label="not")
-        axis.axhline(good, color="0.2", linestyle="--", linewidth=0.9)
+        axis.axhline(good, color="0.2", linestyle="--", linewidth=0.9, label=f"limit, {good:.2f}")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("datum")
         axis.set_ylabel("Pareto k-hat")
-    axes[0].legend(frameon=False, fontsize=8)
+    legend(axes[-1])
+    entitle(figure, title, "k-hat of the importance weights of each datum")
     return figure
 
 
-def calibration_ecdf(calibration: Any, *, names: list[str] | None = None, level: float = 0.95) -> Figure:
+def calibration_ecdf(
+    calibration: Any, *, names: list[str] | None = None, level: float = 0.95, title: str | None = None
+) -> Figure:
     """Plot the difference of the ranks' distribution function from the uniform one, with simultaneous bands.
 
     Above the band on the left and below it on the right: too many ranks at both ends, draws too narrow; the other way
@@ -70,6 +74,7 @@ def calibration_ecdf(calibration: Any, *, names: list[str] | None = None, level:
         calibration: of :func:`pyro_hvae.diagnostics.calibrate`.
         names: quantities to draw, all by default; each coordinate is a line.
         level: of the bands.
+        title: of the picture, such as the model's name.
 
     Example:
         >>> from pyro_hvae.diagnostics import Calibration
@@ -94,22 +99,27 @@ def calibration_ecdf(calibration: Any, *, names: list[str] | None = None, level:
             ecdf = (
                 np.searchsorted(np.sort((line + 1) / (calibration.num_draws + 1)), points + 1e-9, side="right") / size
             )
-            axis.plot(points, ecdf - points, STYLES[column % len(STYLES)], linewidth=1.0)
+            label = "ranks, a line for each coordinate" if column == 0 else None
+            axis.plot(points, ecdf - points, STYLES[column % len(STYLES)], linewidth=1.0, label=label)
         axis.axhline(0.0, color="0.3", linewidth=0.7)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("rank / draws")
         axis.set_ylabel("ECDF - uniform")
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    entitle(figure, title, "Calibration: ranks of the simulated values among draws of the guide")
     return figure
 
 
-def evidence_bracket(bracket: Any, *, elbo: Any = None, others: Mapping[str, Any] | None = None) -> Figure:
+def evidence_bracket(
+    bracket: Any, *, elbo: Any = None, others: Mapping[str, Any] | None = None, title: str | None = None
+) -> Figure:
     """Plot the lower and upper estimate of log p(x) for each datum, sorted, with other bounds.
 
     Args:
         bracket: of :func:`pyro_hvae.evidence_sandwich`.
         elbo: bound for each datum, nats (N,).
         others: more values for each datum, by name.
+        title: of the picture, such as the model's name.
 
     Example:
         >>> from types import SimpleNamespace
@@ -123,7 +133,7 @@ def evidence_bracket(bracket: Any, *, elbo: Any = None, others: Mapping[str, Any
     low, high = array(bracket.lower).ravel(), array(bracket.upper).ravel()
     order = np.argsort(low)
     place = np.arange(len(order))
-    figure, (axis,) = panels(1, width=5.0, height=3.2)
+    figure, (axis,) = panels(1, width=6.6, height=3.2)
     kind = "bound" if bracket.upper_is_bound else "estimate"
     marked = ({} if elbo is None else {"ELBO": elbo}) | dict(others or {})
     marked = {name: numbers(name, values, len(low)) for name, values in marked.items()}
@@ -133,11 +143,13 @@ def evidence_bracket(bracket: Any, *, elbo: Any = None, others: Mapping[str, Any
     floor = ends.min() - 0.1 * max(np.ptp(ends), 1.0) if open_below.any() else -np.inf
     below = np.maximum(low[order], floor)
     axis.vlines(place, below, high[order], color="0.2", linewidth=2.0, label=f"log p(x), above: {kind}")
+    axis.scatter(place, high[order], marker="_", s=36, color="0.2")  # the line of an exact value has no length
     if open_below.any():
         axis.plot(place[open_below], below[open_below], "v", color="0.2", linestyle="none", label="nothing below")
     for marker, (name, values) in zip(itertools.cycle("xo+^sd*"), marked.items()):
         axis.plot(place, array(values).ravel()[order], marker, markersize=4, linestyle="none", label=name)
     axis.set_xlabel("datum, sorted")
     axis.set_ylabel("nats")
-    axis.legend(frameon=False, fontsize=8)
+    legend(axis)
+    entitle(figure, title, "log p(x) of each datum between its bounds")
     return figure

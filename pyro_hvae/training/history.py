@@ -25,8 +25,9 @@ class History(Sequence[Record]):
     """Records of a training run, in order of steps.
 
     A record holds ``step`` and ``epoch``, and some of: ``loss`` (nats a datum, averaged over the steps since the
-    last record), ``rate``, ``seconds``, the bound's terms by name (nats), and ``validation_loss`` with
-    ``validation_<term>``.  With a ``path`` each record is also a line of JSON there, written when it is made.
+    last record), ``rate``, ``seconds``, ``divergence_weight`` (of :class:`~pyro_hvae.bounds.Regularised`, at the
+    step), the bound's terms by name (nats), and ``validation_loss`` with ``validation_<term>``.  With a ``path`` each
+    record is also a line of JSON there, written when it is made.
 
     Example:
         >>> history = History()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pyro_hvae.bounds import Regularised
 from pyro_hvae.problem.isolation import RUNNING
 from pyro_hvae.training import checkpoint
 from pyro_hvae.training.distributed import Ranks
@@ -217,6 +218,8 @@ class Run:
             "rate": self.rate,
             "seconds": now - self._clock,
         }
+        if isinstance(self.objective.bound, Regularised):
+            record["divergence_weight"] = self.objective.bound.weights_at(int(self.objective.bound.step))[0]
         batch = self._last if batch is None else batch
         if batch is not None and (final or self.step >= self.terms_due):
             self.terms_due = self.step + self.terms_every
