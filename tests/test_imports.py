@@ -157,6 +157,8 @@ def test_version_is_that_of_its_file():
     assert f'__version__ = "{pyro_hvae.__version__}"' in source
     settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
     assert settings["tool"]["hatch"]["version"]["path"] == "pyro_hvae/_version.py"
+    citation = (PACKAGE.parent / "CITATION.cff").read_text().splitlines()
+    assert [line for line in citation if line.startswith("version:")] == [f"version: {pyro_hvae.__version__}"]
 
 
 def test_every_public_name_exists_and_every_module_lists_its_own():
