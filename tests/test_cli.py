@@ -127,7 +127,9 @@ def test_every_verb_on_a_run_directory(tmp_path, images):
     with np.load(tmp_path / "run" / "samples.npz") as drawn:
         assert {name: drawn[name].shape for name in drawn.files} == {"z2": (5, 2), "z1": (5, 3), "x": (5, 6)}
         assert set(np.unique(drawn["x"])) <= {0.0, 1.0}
-    assert (tmp_path / "run" / "samples.png").stat().st_size > 0
+    picture = (tmp_path / "run" / "samples.png").read_bytes()
+    width, height = (int.from_bytes(picture[start : start + 4]) for start in (16, 20))
+    assert width > 4 * height  # five draws beside five data, in one row
 
     out = run("diagnose", "run", "--num_draws", 20, cwd=tmp_path).stdout
     assert "z1" in out

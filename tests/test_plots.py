@@ -227,7 +227,7 @@ def test_samples_stand_beside_data():
     figure = plots.samples(images, (2, 3), columns=4, data=data)
     assert [part.get_suptitle() for part in figure.subfigs] == ["data", "samples"]
     left, right = ([axis.images[0].get_array() for axis in part.axes] for part in figure.subfigs)
-    np.testing.assert_allclose(np.stack(left), data[:8].reshape(8, 2, 3))
+    np.testing.assert_allclose(np.stack(left), data[:7].reshape(7, 2, 3))
     np.testing.assert_allclose(np.stack(right), images.reshape(7, 2, 3))
 
 

@@ -226,7 +226,7 @@ def sample(
         run_dir: a run directory that fit wrote.
         out: the .npz file; samples.npz in the run directory by default.
         size: how many data.
-        image_shape: height and width; also draws a picture of the first 100 data beside the file.
+        image_shape: height and width; also draws a picture of the first 100 draws, beside data of the run.
         force: replace earlier files.
         **selection: which, ema, seed and trust of :func:`_load_pair`.
     """
@@ -255,7 +255,8 @@ def sample(
     if image_shape is not None:
         from pyro_hvae.plots import samples
 
-        samples(list(drawn.values())[-1][:100], image_shape).savefig(picture, dpi=150)
+        images, data = list(drawn.values())[-1][:100], _images_of(run_dir, image_shape, trust, model)
+        samples(images, image_shape, data=data, title=f"{run_dir}: {len(images)} draws").savefig(picture, dpi=150)
         print(picture)
 
 
@@ -370,6 +371,16 @@ def _recorded(run_dir: str, data: str | None, trust: bool, model: Any) -> tuple[
     if command.get("binarize") == "random":
         args, kwargs = as_batch(Redrawn()(*args, **kwargs))
     return args, kwargs, label
+
+
+def _images_of(run_dir: str, shape: tuple[int, int], trust: bool, model: Any) -> Tensor | None:
+    """Return the images that a run names as its data, or None where they can't be read or have another shape."""
+    try:
+        args, kwargs, _ = _recorded(run_dir, None, trust, model)
+    except (OSError, ValueError):
+        return None
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    return x if x is not None and x.dim() > 1 and x[0].numel() == shape[0] * shape[1] else None
 
 
 def _size(args: tuple, kwargs: dict[str, Any]) -> int:

@@ -49,7 +49,7 @@ def samples(
     rows = _rows(images, shape, columns)
     if titles is not None:
         check_names("titles", titles, len(rows))
-    real = None if data is None else _rows(data, shape, columns)[: len(rows)]
+    real = None if data is None else _rows(data, shape, columns, sum(map(len, rows)))[: len(rows)]
     from pyro_hvae.plots.figure import Picture
 
     across = max(len(row) for row in rows)
@@ -70,13 +70,13 @@ def samples(
     return figure
 
 
-def _rows(images: Any, shape: tuple[int, int], columns: int) -> list[np.ndarray]:
-    """Return rows of images, of a list of arrays or of one array."""
+def _rows(images: Any, shape: tuple[int, int], columns: int, count: int | None = None) -> list[np.ndarray]:
+    """Return rows of images, of a list of arrays or of the first ``count`` in one array."""
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError("images is empty: there is nothing to draw")
         return [_images(part, shape) for part in images]
-    whole = _images(images, shape)
+    whole = _images(images, shape)[:count]
     return [whole[start : start + columns] for start in range(0, len(whole), columns)]
 
 
