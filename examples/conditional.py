@@ -9,11 +9,11 @@ log p(x | label) estimated for each of the ten labels. Writes conditional.png.
 import argparse
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
 import pyro_hvae as ph
+from pyro_hvae import plots
 from pyro_hvae.data import binarize, digits
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -62,10 +62,7 @@ for low, high in ((0.0, 0.5), (0.5, 0.9), (0.9, 0.99), (0.99, 1.1)):
 rows = 5
 asked = torch.eye(10).repeat(rows, 1)
 images = ph.decode(model, {}, size=len(asked), context=asked).mean
-figure, axes = plt.subplots(rows, 10, figsize=(5, 2.6), layout="constrained")
-for axis, image in zip(axes.flatten(), images):
-    axis.imshow(image.detach().reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
-    axis.set_axis_off()
-figure.suptitle("one column for each label asked for", fontsize=9)
+real = torch.stack([data.train[data.train_labels == digit][:rows] for digit in range(10)], 1).flatten(0, 1)
+figure = plots.samples(images, (8, 8), data=real, title="Conditional VAE: one column for each label asked for")
 options.out.mkdir(parents=True, exist_ok=True)
 figure.savefig(options.out / "conditional.png", dpi=150)

@@ -61,13 +61,14 @@ for name, context in {"cold and dry": cold_dry, "warm and wet": warm_wet}.items(
     low, high = total.quantile(torch.tensor([0.05, 0.95]))
     print(f"{name:26s} {total.mean():6.1f}   {low:.0f} to {high:.0f}")
 
-figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
 edges = range(0, 41, 2)
 axis.hist(visits[test].flatten(), edges, density=True, color="lightgray", label="held-out days")
 for (name, (model, _)), style in zip(results.items(), ("--", "-")):
     drawn = model(context=weather[test].repeat(20, 1)).detach().flatten()
     axis.hist(drawn, edges, density=True, histtype="step", ls=style, label=name.replace("_", " "))
 axis.set(xlabel="visits to one feeder", ylabel="share of days", yscale="log")
-axis.legend(frameon=False)
+axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+figure.suptitle("Conditional VAEs of counts: held-out days and draws")
 options.out.mkdir(parents=True, exist_ok=True)
 figure.savefig(options.out / "counts.png", dpi=150)

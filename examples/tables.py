@@ -54,5 +54,6 @@ for axis, name in zip(axes, ["alcohol", "flavanoids", "proline"]):
     ends = [truth[name].min(), truth[name].max()]
     axis.plot(ends, ends, color="gray", linewidth=0.8)
     axis.set(title=name, xlabel="removed value", ylabel="imputed, with 90 % interval")
+figure.suptitle("VAE of the wine table: entries removed at random, and imputed")
 options.out.mkdir(parents=True, exist_ok=True)
 figure.savefig(options.out / "tables.png", dpi=150)
