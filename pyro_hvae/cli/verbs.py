@@ -379,8 +379,8 @@ def _images_of(run_dir: str, shape: tuple[int, int], trust: bool, model: Any) ->
         args, kwargs, _ = _recorded(run_dir, None, trust, model)
     except (OSError, ValueError):
         return None
-    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    return x if x is not None and x.dim() > 1 and x[0].numel() == shape[0] * shape[1] else None
+    x = args[0] if args else kwargs.get("x")
+    return x if isinstance(x, Tensor) and x.dim() > 1 and x[0].numel() == shape[0] * shape[1] else None
 
 
 def _size(args: tuple, kwargs: dict[str, Any]) -> int:
