@@ -111,9 +111,7 @@ def _different(classes: np.ndarray) -> np.ndarray:
         raise ValueError(f"labels must be of one kind, got {' and '.join(kinds)}") from error
 
 
-def schedule(
-    *schedules: Any, labels: list[str] | None = None, points: int = 200, title: str | None = None
-) -> Figure:
+def schedule(*schedules: Any, labels: list[str] | None = None, points: int = 200, title: str | None = None) -> Figure:
     """Plot gamma(t) = -log SNR(t) and the noise variance sigma^2(t) of schedules.
 
     Args:
