@@ -34,7 +34,7 @@ from pyro_hvae.bounds import DiffusionELBO
 from pyro_hvae.data import binarize, idx_folder
 from pyro_hvae.diffusion import BinnedGaussian, LearnedSchedule, dpm_solver
 from pyro_hvae.models import vdm
-from pyro_hvae.nn import UNet
+from pyro_hvae.nn import SignDenoiser, UNet
 
 HERE = Path(__file__).resolve().parent
 SIZE = (1, 28, 28)
@@ -45,11 +45,8 @@ def to_signs(x: Tensor) -> Tensor:
     return 2 * binarize(x) - 1
 
 
-class SignDenoiser(nn.Module):
-    r"""E[x | z] of pixels that are -1 or 1: tanh of what the pixel itself says, alpha z / sigma^2, plus a network.
-
-    For pixels independent of each other the network would only have to say how often each is on.
-    """
+class Patches(nn.Module):
+    """A U-Net whose pixels are the 2 x 2 patches of an image."""
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -59,9 +56,7 @@ class SignDenoiser(nn.Module):
     def forward(self, z: Tensor, gamma: Tensor) -> Tensor:
         lead = z.shape[:-3]
         flat, level = z.reshape(-1, *SIZE), gamma.expand(lead).reshape(-1)
-        own = torch.exp(-0.5 * level) * torch.rsqrt(torch.sigmoid(level))  # alpha / sigma^2
-        found = self.unfold(self.net(self.fold(flat), level)) + own[:, None, None, None] * flat
-        return torch.tanh(found).reshape(z.shape)
+        return self.unfold(self.net(self.fold(flat), level)).reshape(z.shape)
 
 
 class Clock:
@@ -94,7 +89,7 @@ class Clock:
 def diffusion(channels: tuple[int, ...], num_layers: int | None) -> tuple[nn.Module, nn.Module]:
     schedule = LearnedSchedule(-4.0, 7.0)
     return vdm(
-        SignDenoiser(channels),
+        SignDenoiser(Patches(channels), event_dim=3),
         event_shape=SIZE,
         num_layers=num_layers,
         schedule=schedule,

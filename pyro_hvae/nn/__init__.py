@@ -20,7 +20,7 @@ in + fan out), biases zero, as in Importance Weighted Autoencoders (Burda, Gross
 decoder's output bias starts at the logit of the training data's mean, which is :func:`logit_of_mean`.
 """
 
-from pyro_hvae.nn.denoisers import DenoisingMLP, TimeEmbedding, UNet
+from pyro_hvae.nn.denoisers import DenoisingMLP, SignDenoiser, TimeEmbedding, UNet
 from pyro_hvae.nn.images import ConvDecoder, ConvEncoder
 from pyro_hvae.nn.layers import MLP, Flattened, logit_of_mean, xavier_
 from pyro_hvae.nn.tables import TableEncoder
@@ -32,6 +32,7 @@ __all__ = [
     "ConvEncoder",
     "DenoisingMLP",
     "Flattened",
+    "SignDenoiser",
     "TableEncoder",
     "TimeEmbedding",
     "TokenMLP",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_hvae.arguments import ContextError, check_context, check_count
 from pyro_hvae.nn.layers import flatten_leading
 
-__all__ = ["Conditioning", "DenoisingMLP", "TimeEmbedding", "UNet"]
+__all__ = ["Conditioning", "DenoisingMLP", "SignDenoiser", "TimeEmbedding", "UNet"]
 
 
 class TimeEmbedding(nn.Module):
@@ -94,6 +94,49 @@ class DenoisingMLP(nn.Module):
         for layer in self.layers:
             hidden = hidden + layer(hidden + embedding)
         return self.output(hidden)
+
+
+class SignDenoiser(nn.Module):
+    r"""Denoiser of entries that are -1 or 1: what a noisy entry says of itself, plus a network.
+
+    Given :math:`z = \alpha x + \sigma\epsilon` alone, the log odds of x = 1 are :math:`2\alpha z/\sigma^2`, and the
+    network f adds what the other entries tell:
+
+    .. math:: \mathrm E[x \mid z] \approx \tanh\bigl(\alpha z / \sigma^2 + f(z, \gamma)\bigr).
+
+    With entries that are independent of each other the best f is constant, half the log odds of an entry, whereas a
+    network that predicts the noise has to find the function of z anew at each level.
+
+    Args:
+        net: f, called with (z, gamma), or (z, gamma, context), to the shape of z.
+        event_dim: dims of one datum, 1 or more.
+
+    The output is an estimate of x: give ``parameterisation="x0"`` with it.
+
+    Raises:
+        ValueError: at the call, for gamma with more dims than z without its event dims.
+
+    Example:
+        >>> net = SignDenoiser(DenoisingMLP(2))
+        >>> net(torch.tensor([[3.0, -3.0]]), torch.tensor([-6.0])).round()
+        tensor([[ 1., -1.]], grad_fn=<RoundBackward0>)
+    """
+
+    def __init__(self, net: nn.Module, event_dim: int = 1) -> None:
+        super().__init__()
+        check_count("event_dim", event_dim)
+        self.net, self.event_dim = net, event_dim
+
+    def forward(self, z: Tensor, gamma: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map (..., *event_shape), (...) and a context to the shape of z, within [-1, 1]."""
+        if gamma.dim() > max(0, z.dim() - self.event_dim):
+            raise ValueError(
+                f"SignDenoiser with event_dim={self.event_dim} needs one gamma a datum, got gamma {tuple(gamma.shape)} "
+                f"for z {tuple(z.shape)}; diffusion.MeanLevel(...) passes the mean of a gamma for each entry."
+            )
+        level = gamma.reshape(gamma.shape + (1,) * self.event_dim)
+        own = torch.exp(0.5 * F.logsigmoid(-level) - F.logsigmoid(level)) * z
+        return torch.tanh(own + (self.net(z, gamma) if context is None else self.net(z, gamma, context)))
 
 
 class UNet(nn.Module):
