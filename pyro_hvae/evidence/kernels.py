@@ -17,6 +17,14 @@ preserve volume (also with bounded scores, which keep them from diverging), so t
 With corrections :math:`m = 0, d = 0, c = 1` this is uncorrected Hamiltonian annealing.  The corrections are, coordinate
 by coordinate, affine in the two scores :math:`\nabla\log q` and :math:`\nabla\log p` at u, so that they apply to every
 datum by its own scores, and two Gaussians with independent coordinates are joined exactly.
+
+Gradients in the corrections would be mostly noise, and two terms of zero mean take it away.  The forward ones lose
+:math:`\nabla\log N_F`, the score of the chain that draws.  The backward ones lose a share of
+:math:`\nabla\log N_B`, the chain's weight by the mean weight of the other chains, since
+:math:`\mathrm E[w\,\nabla\log N_B] = 0`; where weights are equal nothing is left of it.
+
+References: MCMC Variational Inference via Uncorrected Hamiltonian Annealing (Geffner and Domke, 2021); Sticking the
+Landing (Roeder, Wu and Duvenaud, 2017) for the forward gradients.
 """
 
 from __future__ import annotations
@@ -38,6 +46,10 @@ _STEP = 0.25
 
 _LARGEST = 20.0
 """Bound of the scores in standard coordinates."""
+
+
+Held = tuple[str, ...]
+"""Parameters without a gradient: corrections of the ``"forward"`` or ``"backward"`` chain, or the ``"shared"`` ones."""
 
 
 class Point(NamedTuple):
@@ -122,14 +134,20 @@ class AnnealingKernels(nn.Module):
         here = self.point(path, state)
         log_w = -here.log_q
         momentum: State = {}
+        undone: Any = 0.0
         for t in range(self.num_temperatures):
             mean, sd = self._forward_mean(here, t, momentum), self._refreshed_sd(t)
             fresh = {name: m + sd * torch.randn_like(m) for name, m in mean.items()}
-            log_w = log_w - self._log_normal(path, fresh, mean, dict.fromkeys(mean, sd.log()))
+            log_w = log_w - self._log_forward(path, here, t, momentum, fresh, held=("forward",))
             if t:
                 log_w = log_w + self._log_backward(path, here, t, momentum, fresh)
+                undone = undone + self._undone(path, here, t, momentum, fresh)
             here, momentum = self._leapfrog(path, here, fresh, t, 1.0)
-        log_w = log_w + here.log_p + self._log_backward(path, here, self.num_temperatures, momentum, None)
+        last = self.num_temperatures
+        log_w = log_w + here.log_p + self._log_backward(path, here, last, momentum, None)
+        undone = undone + self._undone(path, here, last, momentum, None)
+        if isinstance(undone, Tensor):
+            log_w = log_w - share_of_others(log_w.detach()) * (undone - undone.detach())
         return log_w, here.state
 
     def backward_chain(self, path: Path, state: State) -> Tensor:
@@ -163,45 +181,65 @@ class AnnealingKernels(nn.Module):
         there = self.point(path, {name: u + moved[name] for name, u in here.state.items()})
         return there, kicked(there, half)
 
-    def _keep(self, t: int) -> Tensor:
+    def _undone(self, path: Path, here: Point, t: int, momentum: State, fresh: State | None) -> Tensor | float:
+        """Return log N_B of a step, with a gradient in the corrections of the backward chain alone."""
+        if not (self.correction and torch.is_grad_enabled()):
+            return 0.0
+
+        def fixed(state: State) -> State:
+            return {name: value.detach() for name, value in state.items()}
+
+        still = Point(
+            fixed(here.state), here.log_q.detach(), here.log_p.detach(), fixed(here.score_q), fixed(here.score_p)
+        )
+        return self._log_backward(
+            path, still, t, fixed(momentum), None if fresh is None else fixed(fresh), held=("shared",)
+        )
+
+    def _keep(self, t: int, held: Held = ()) -> Tensor:
         """Return the share of the momentum that step t + 1 keeps; none at the first step."""
-        return self.damping[t].sigmoid() if t else torch.zeros_like(self.damping[0])
+        damping = self.damping.detach() if "shared" in held else self.damping
+        return damping[t].sigmoid() if t else torch.zeros_like(damping[0])
 
     def _refreshed_sd(self, t: int) -> Tensor:
         return (1 - self._keep(t) ** 2).sqrt()
 
-    def _shift(self, here: Point, name: str, t: int, way: str) -> Tensor | float:
+    def _shift(self, here: Point, name: str, t: int, way: str, held: Held) -> Tensor | float:
         """Return the correction of a momentum: affine in the two scores."""
         if not self.correction:
             return 0.0
-        site = self.site(name)
-        by_q = site[f"{way}_q"][t] * self._score(here, name, "q")
-        return by_q + site[f"{way}_p"][t] * self._score(here, name, "p") + site[f"{way}_shift"][t]
+        by_q, by_p, shift = (
+            value.detach() if way in held else value
+            for value in (self.site(name)[f"{way}_{key}"][t] for key in ("q", "p", "shift"))
+        )
+        return by_q * self._score(here, name, "q", held) + by_p * self._score(here, name, "p", held) + shift
 
-    def _score(self, at: Point, name: str, which: str) -> Tensor:
+    def _score(self, at: Point, name: str, which: str, held: Held = ()) -> Tensor:
         """Return a score in standard coordinates, bounded so that steps in a steep tail do not diverge.
 
         A kick by any function of the position preserves volume and has an inverse, so that the weights stay exact.
         """
         score = at.score_q[name] if which == "q" else at.score_p[name]
-        return (self.site(name)["log_scale"].exp() * score).nan_to_num(nan=0.0).clamp(-_LARGEST, _LARGEST)
+        log_scale = self.site(name)["log_scale"]
+        log_scale = log_scale.detach() if "shared" in held else log_scale
+        return (log_scale.exp() * score).nan_to_num(nan=0.0).clamp(-_LARGEST, _LARGEST)
 
-    def _forward_mean(self, here: Point, t: int, momentum: State) -> State:
+    def _forward_mean(self, here: Point, t: int, momentum: State, held: Held = ()) -> State:
         keep, sd = self._keep(t), self._refreshed_sd(t)
         return {
-            name: sd * self._shift(here, name, t, "forward")
+            name: sd * self._shift(here, name, t, "forward", held)
             + (keep * momentum[name] if t else torch.zeros_like(here.state[name]))
             for name in self.shapes
         }
 
-    def _backward_mean(self, here: Point, t: int, fresh: State | None) -> tuple[State, State]:
+    def _backward_mean(self, here: Point, t: int, fresh: State | None, held: Held = ()) -> tuple[State, State]:
         """Return mean and log sd of the momentum after step t, given that of step t + 1 refreshed."""
         last = fresh is None
-        keep = torch.zeros_like(self.damping[0]) if last else self._keep(t)
+        keep = torch.zeros_like(self.damping[0]) if last else self._keep(t, held)
         sd = (1 - keep**2).sqrt()
         mean, log_sd = {}, {}
         for name in self.shapes:
-            value = sd * self._shift(here, name, t - 1, "backward") + torch.zeros_like(here.state[name])
+            value = sd * self._shift(here, name, t - 1, "backward", held) + torch.zeros_like(here.state[name])
             log_sd[name] = sd.log()
             if self.correction:
                 log_sd[name] = log_sd[name] + self.site(name)["backward_log_sd"][t - 1]
@@ -213,12 +251,16 @@ class AnnealingKernels(nn.Module):
             mean[name] = value
         return mean, log_sd
 
-    def _log_backward(self, path: Path, here: Point, t: int, momentum: State, fresh: State | None) -> Tensor:
-        mean, log_sd = self._backward_mean(here, t, fresh)
+    def _log_backward(
+        self, path: Path, here: Point, t: int, momentum: State, fresh: State | None, *, held: Held = ()
+    ) -> Tensor:
+        mean, log_sd = self._backward_mean(here, t, fresh, held)
         return self._log_normal(path, momentum, mean, log_sd)
 
-    def _log_forward(self, path: Path, here: Point, t: int, momentum: State, fresh: State) -> Tensor:
-        mean, sd = self._forward_mean(here, t, momentum), self._refreshed_sd(t)
+    def _log_forward(
+        self, path: Path, here: Point, t: int, momentum: State, fresh: State, *, held: Held = ()
+    ) -> Tensor:
+        mean, sd = self._forward_mean(here, t, momentum, held), self._refreshed_sd(t)
         return self._log_normal(path, fresh, mean, dict.fromkeys(mean, sd.log()))
 
     @staticmethod
@@ -226,3 +268,18 @@ class AnnealingKernels(nn.Module):
         constant = 0.5 * math.log(2 * math.pi)
         terms = {name: (v - mean[name]) * (-log_sd[name]).exp() for name, v in value.items()}
         return path.per_datum({name: -0.5 * z**2 - log_sd[name] - constant for name, z in terms.items()})
+
+
+def share_of_others(log_w: Tensor) -> Tensor:
+    """Return each weight by the mean weight of the other chains, ``(K, *plates)``.
+
+    0 where the effective sample size of the others is below half of their number, which does not depend on the chain
+    itself: the share may be used with any function of zero mean under the weights.
+    """
+    count = len(log_w)
+    if count < 2:
+        return torch.zeros_like(log_w)
+    relative = (log_w - log_w.amax(0)).exp()
+    others = relative.sum(0) - relative
+    even = others**2 > 0.5 * (count - 1) * ((relative**2).sum(0) - relative**2)
+    return torch.where(even, (count - 1) * relative / others.clamp(min=torch.finfo(relative.dtype).tiny), 0.0)
