@@ -5,9 +5,9 @@ With all other latents held, the value of an entry i of a discrete site is drawn
 .. math:: f_\beta(z_i = v\mid z_{-i}, u) = \frac{f_\beta(v, z_{-i}, u)}{\sum_{v'} f_\beta(v', z_{-i}, u)},
 
 which leaves :math:`f_\beta` invariant.  Entries are drawn one after another, but for those along plates whose indices
-are conditionally independent given all else: these are drawn together, each from its own terms of the densities.  The
-plates common to all sites index independent data.  For another plate that is tried on draws of the base: the terms of
-an index must not change with the values at any other one.
+are conditionally independent given all else: these are drawn together, each from its own terms of the densities.
+Whether a plate is such a one is tried on draws of the base: the terms of an index must not change with the values at
+any other one.  The plates common to all sites index independent data, and must be.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Gibbs:
         blocks: how the sites are drawn, if that is known.
 
     Raises:
-        ValueError: for a site whose number of values depends on other draws.
+        ValueError: for a site whose number of values depends on other draws, or data that depend on each other.
     """
 
     def __init__(self, path: Path, blocks: tuple[Block, ...] | None = None) -> None:
@@ -173,10 +173,16 @@ def _blocks(path: Path) -> tuple[Block, ...]:
             require_fixed_range(name, run.guide_trace.nodes[name]["fn"])
             block = _block(probe, name)
             if not path.problem.structure.enumerated:  # terms that are summed out together have no index
-                for plate in sorted(_plates(path, name), key=lambda plate: -plate.size):
+                for plate in sorted(_plates(path, name), key=lambda plate: (plate not in path.plates, -plate.size)):
                     together = _within(block, plate)
-                    if plate not in block.plates and _separate(probe, (state, other), together, plate):
+                    if _separate(probe, (state, other), together, plate):
                         block = together
+                    elif plate in path.plates:
+                        raise ValueError(
+                            f"plate '{plate.name}' encloses all sites, so that its indices are independent data, and "
+                            f"the density at one of them depends on values of site '{name}' at another: make the plate "
+                            "a dim of the site's event (.to_event), or let sites that join its indices be outside of it"
+                        )
             blocks.append(block)
     return tuple(blocks)
 

@@ -9,6 +9,10 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_hvae.evidence import anneal, evidence_interval, evidence_sandwich, log_evidence
+from pyro_hvae.evidence import gibbs as gibbs_module
+from pyro_hvae.evidence.gibbs import Gibbs
+from pyro_hvae.evidence.path import Path
+from pyro_hvae.problem import Problem
 from tests.discrete import (
     CASES,
     CENTRES,
@@ -16,6 +20,8 @@ from tests.discrete import (
     INITIAL,
     MEANS,
     MIXTURE_X,
+    MOVES,
+    NOISE,
     SHARES,
     SPREAD,
     WITHIN,
@@ -139,6 +145,36 @@ def test_chains_that_start_at_the_impossible():
     torch.testing.assert_close(weights.logsumexp(0) - math.log(1000), log_f.logsumexp(0), atol=0.15, rtol=0.0)
 
 
+def test_single_precision_and_few_values_at_once(monkeypatch):
+    """Values that are evaluated one after another give the same conditionals."""
+    x = CHAIN_X.float()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            states = []
+            for t in range(4):
+                chances = MOVES.float()[states[-1]] if states else INITIAL.float()
+                states.append(pyro.sample(f"z{t}", dist.Categorical(chances)))
+            mean = MEANS.float()[torch.stack(states, -1)]
+            pyro.sample("x", dist.Normal(mean, NOISE).to_event(1), obs=x)
+
+    torch.set_default_dtype(torch.float32)
+    path = Path(Problem(model)(x).prior(), 5)
+    gibbs, state = Gibbs(path), path.start()
+    whole = [gibbs.conditional(state, block, (), 0.4) for block in gibbs.blocks]
+    monkeypatch.setattr(gibbs_module, "default_chunk", lambda entries: 1)
+    for block, logits in zip(gibbs.blocks, whole, strict=True):
+        torch.testing.assert_close(gibbs.conditional(state, block, (), 0.4), logits)
+    one = Gibbs(Path(Problem(model)(x).prior(), 1), gibbs.blocks)
+    single = {name: value[0] for name, value in state.items()}
+    for block, logits in zip(gibbs.blocks, whole, strict=True):
+        torch.testing.assert_close(one.conditional(single, block, (), 0.4), logits[:, :1])
+    weights = anneal(model, None, x, base="prior", num_chains=2000, betas=20).log_weights
+    assert weights.dtype == torch.float32
+    exact = joint_of_chain(CHAIN_X).logsumexp(0).float()
+    torch.testing.assert_close(weights.logsumexp(0) - math.log(2000), exact, atol=0.15, rtol=0.0)
+
+
 # -- what is refused
 
 
@@ -171,6 +207,16 @@ def test_a_range_that_depends_on_another_draw_is_refused():
 
     with pytest.raises(ValueError, match="'k' has a total_count that depends on other draws"):
         anneal(model, None, torch.zeros(3), base="prior")
+
+
+def test_data_that_depend_on_each_other_are_refused():
+    def ring(x):
+        with pyro.plate("spins", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.4)))
+            pyro.factor("neighbours", z * z.roll(2, -1))
+
+    with pytest.raises(ValueError, match=r"plate 'spins' encloses all sites, .* depends on values of site 'z'"):
+        anneal(ring, None, torch.zeros(5), base="prior")
 
 
 def test_a_guide_without_density_at_a_possible_value_is_refused():
