@@ -176,6 +176,7 @@ MUTANTS = [
     ("evidence/gibbs.py", "chosen = block.mask(position) & ~stuck", "chosen = ~stuck",
      f"{E}/test_discrete_annealing.py"),
     ("evidence/gibbs.py", "_check_covered(block, log_q, log_p)", "pass", f"{E}/test_discrete_supports.py"),
+    ("evidence/gibbs.py", "elif plate in path.plates:", "elif False:", f"{E}/test_discrete_supports.py"),
     ("evidence/moves.py", "            state = self.gibbs(state, beta)\n        self", "        self",
      f"{E}/test_discrete_annealing.py"),
     ("evidence/singular.py", "return torch.where(failed, torch.nan, result)", "return result", f"{E}/test_singular.py"),
