@@ -160,7 +160,7 @@ def anneal(
     Raises:
         ValueError: for temperatures that do not increase from 0 to 1, a model without latents, a discrete latent whose
             values can't be enumerated (Poisson, Geometric) or whose number of values depends on other draws, a guide
-            that draws a discrete site with probability zero at a possible value, auxiliary variables that are not the
+            whose log-probability of a possible value of a discrete site is -inf, auxiliary variables that are not the
             latents in other coordinates, a guide that is a point estimate or enumerates a site, a prior of a latent
             that depends on a site that is summed out, a log joint that is -inf at every start of a datum or NaN at
             one, impossible values in ``reverse_from``, or counts below one.

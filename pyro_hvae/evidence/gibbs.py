@@ -150,7 +150,10 @@ def _repeated(value: Tensor, count: int) -> Tensor:
 
 
 def _check_covered(block: Block, log_q: Tensor, log_p: Tensor) -> None:
-    """Refuse a base without density at a possible value: chains would never be there before the last temperature."""
+    """Refuse a base without density at a possible value: chains would never be there before the last temperature.
+
+    A zero among ``probs`` is no such value, since torch rounds it up to the precision of the dtype, as density.
+    """
     missed = (log_q == -torch.inf) & torch.isfinite(log_p)
     if devices.has_values(missed) and bool(missed.any()):
         raise ValueError(

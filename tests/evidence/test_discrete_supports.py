@@ -230,6 +230,21 @@ def test_a_guide_without_density_at_a_possible_value_is_refused():
         anneal(hidden_chain, guide, CHAIN_X, num_chains=8, betas=4)
 
 
+def test_a_probability_of_zero_that_torch_rounds_up_is_annealed_from():
+    """``Categorical(probs=)`` has a density of 2e-16 there; draws of the base miss the value, Gibbs moves do not."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for t in range(4):
+                pyro.sample(f"z{t}", dist.Categorical(probs=torch.tensor([0.5, 0.0, 0.5])))
+
+    weights = anneal(hidden_chain, guide, CHAIN_X, num_chains=2000, betas=40).log_weights
+    error = ((2 * weights.log_softmax(0)).logsumexp(0).exp() - 1 / 2000).sqrt()
+    exact = joint_of_chain(CHAIN_X).logsumexp(0)
+    assert ((weights.logsumexp(0) - math.log(2000) - exact).abs() < 4 * error).all()
+    assert (error < 0.1).all()
+
+
 def test_posterior_draws_must_be_values_of_the_site():
     for bad in (3.0, 0.5):
         values = {f"z{t}": torch.full((3,), bad if t == 1 else 1.0) for t in range(4)}
