@@ -7,7 +7,8 @@ leaves :math:`f_{\beta_t}` invariant,
           \qquad \mathrm E[w] = p(x),\quad \mathrm E[\log w]\le\log p(x).
 
 Run in reverse from an exact posterior draw, the same sum (of the states at the upper temperature of each step) has an
-expectation of at least log p(x).
+expectation of at least log p(x).  Continuous latents move by Hamiltonian Monte Carlo given the discrete ones, and
+discrete latents by Gibbs moves given the continuous (:mod:`pyro_hvae.evidence.gibbs`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Chains:
 
     @property
     def step_sizes(self) -> Tensor:
-        """Step sizes in standard deviations of the pilot, ``(T + 1, *plates)``."""
+        """Step sizes in standard deviations of the pilot, ``(T + 1, *plates)``; NaN without continuous latents."""
         return torch.stack(self.moves.step_sizes)
 
 
@@ -133,8 +134,9 @@ def anneal(
     r"""Run annealed importance sampling on a Pyro model, all chains and data in one tensor program.
 
     Args:
-        model: a Pyro program with continuous latents, called with ``args`` and ``kwargs``; or a bound
-            :class:`pyro_hvae.problem.Problem`, and no guide or data then.
+        model: a Pyro program, called with ``args`` and ``kwargs``; or a bound
+            :class:`pyro_hvae.problem.Problem`, and no guide or data then.  Latents are continuous, discrete with
+            finitely many values, or both.
         guide: the base, for ``base="guide"``.  Chains from an AutoGuide, whose sites are the latents in other
             coordinates, move in those.
         base: ``"guide"`` or ``"prior"``.
@@ -151,13 +153,20 @@ def anneal(
 
     Returns:
         :class:`Chains`.  The cost is ``num_chains * T * num_moves * (num_leapfrog + 1)`` gradients a datum, and a
-        pilot of two moves at each temperature, with 8 to 16 chains.
+        pilot of two moves at each temperature, with 8 to 16 chains.  A discrete site with V values adds V evaluations
+        of the densities to each move; V for each entry, where its entries are not indexed by plates with
+        conditionally independent indices (a ``to_event`` site, a plate whose indices are coupled).
 
     Raises:
-        ValueError: for temperatures that do not increase from 0 to 1, a model without latents or with discrete ones,
-            auxiliary variables that are not the latents in other coordinates, a guide that is a point estimate or
-            enumerates a site, a prior of a latent that depends on a site that is summed out, a log joint that is -inf
-            at every start of a datum or NaN at one, impossible values in ``reverse_from``, or counts below one.
+        ValueError: for temperatures that do not increase from 0 to 1, a model without latents, a discrete latent whose
+            values can't be enumerated (Poisson, Geometric) or whose number of values depends on other draws, a guide
+            whose log-probability of a possible value of a discrete site is -inf, auxiliary variables that are not the
+            latents in other coordinates, a guide that is a point estimate or enumerates a site, a prior of a latent
+            that depends on a site that is summed out, a log joint that is -inf at every start of a datum or NaN at
+            one, impossible values in ``reverse_from``, or counts below one.
+
+    Warns:
+        UserWarning: where a matrix that the programs factorise is singular at a chain's proposal, which is rejected.
 
     References:
         Annealed Importance Sampling (Neal, 2001); Sequential Monte Carlo Samplers (Del Moral, Doucet and Jasra, 2006).

@@ -75,6 +75,7 @@ class AnnealingKernels(nn.Module):
 
     def __init__(self, path: Path, num_temperatures: int, *, correction: bool) -> None:
         super().__init__()
+        path.require_continuous("learned annealing")
         self.num_temperatures, self.correction = num_temperatures, correction
         self.shapes = {name: path.shared_shape(name) for name in path.transforms}
         self.names = {name: f"site{number}" for number, name in enumerate(self.shapes)}

@@ -205,6 +205,7 @@ class AnnealedBound(Bound):
 
     def _path(self, problem: Problem, num_chains: int) -> Path:
         path = Path(problem, num_chains)
+        path.require_continuous("learned annealing")
         shapes = {name: path.shared_shape(name) for name in path.transforms}
         if shapes != self._kernels().shapes:
             raise ValueError(

@@ -5,12 +5,12 @@ both ends.  Between the base :math:`q` (the guide or the prior) and the joint,
 
 .. math:: \log f_\beta(u) = (1-\beta)\,\log q(T(u)|x) + \beta\,\log p(x, T(u)) + \log|\det T'(u)|.
 
-All densities are per chain and datum.
+All densities are per chain and datum.  Discrete latents keep their values, and have no determinant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,17 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_hvae import devices
-from pyro_hvae.problem import Layout, Problem, Run, total
+from pyro_hvae.evidence.singular import undefined_where_singular
+from pyro_hvae.evidence.support import require_finite, values_of
+from pyro_hvae.problem import Layout, Plate, Problem, Run, total
 
-__all__ = ["Path", "State"]
+__all__ = ["Path", "State", "tempered"]
 
 State = dict[str, Tensor]
-"""Unconstrained latents of all chains, by site: ``(K, dims of all plates, *event)``; without the first dim if K = 1."""
+"""Latents of all chains, by site: ``(K, dims of all plates, *event)``; without the first dim if K = 1.
+
+Continuous ones are unconstrained; discrete ones are as they are.
+"""
 
 
 class Path:
@@ -33,10 +38,14 @@ class Path:
         problem: the model with the base as its guide (:meth:`pyro_hvae.problem.Problem.prior` for the prior), and data.
         num_chains: K.
 
+    Attributes:
+        transforms: of the continuous sites that the chains move, from the real line.
+        discrete: names of the discrete ones.
+
     Raises:
-        ValueError: for a model without latents, one with discrete latents, a base that enumerates sites or draws
-            auxiliary ones that are not the latents in other coordinates, or a subsampled plate that does not enclose
-            all sites.
+        ValueError: for a model without latents, one with a discrete latent whose values can't be enumerated, a base
+            that enumerates sites or draws auxiliary ones that are not the latents in other coordinates, or a
+            subsampled plate that does not enclose all sites.
     """
 
     def __init__(self, problem: Problem, num_chains: int) -> None:
@@ -52,31 +61,50 @@ class Path:
                 'latents is a sum, along which chains can\'t be moved: anneal from the prior (base="prior") with '
                 'these sites marked infer={"enumerate": "parallel"} in the model instead'
             )
+        nodes = problem.template.nodes
+        self.discrete = tuple(name for name in structure.latent if nodes[name]["fn"].support.is_discrete)
         if structure.auxiliary and not self._one_to_one():
             raise ValueError(
                 f"the base draws auxiliary site(s) {list(structure.auxiliary)} that are not the latents in other "
                 "coordinates, datum by datum, so that annealing can't move through them: anneal from the prior "
                 '(base="prior"), or write the guide on the latents themselves'
             )
-        self.transforms = {}
-        for name in structure.auxiliary or structure.latent:
-            support = problem.template.nodes[name]["fn"].support
-            if support.is_discrete:
-                raise ValueError(
-                    f"site '{name}' is discrete, and the transitions move on the real line: sum it out in the "
-                    'model with infer={"enumerate": "parallel"}'
-                )
-            self.transforms[name] = biject_to(support)
+        for name in self.discrete:
+            require_finite(name, nodes[name]["fn"])
+        moved = structure.auxiliary or tuple(name for name in structure.latent if name not in self.discrete)
+        self.transforms = {name: biject_to(nodes[name]["fn"].support) for name in moved}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites of a state."""
+        return (*self.transforms, *self.discrete)
+
+    def require_continuous(self, what: str) -> None:
+        """Refuse discrete latents.
+
+        Args:
+            what: the subject of the message.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        if self.discrete:
+            raise ValueError(
+                f"site '{self.discrete[0]}' is discrete, and {what} moves on the real line: use anneal or "
+                "evidence_sandwich, which have Gibbs moves for discrete sites, or sum it out in the model with "
+                'infer={"enumerate": "parallel"}'
+            )
 
     def _one_to_one(self) -> bool:
-        """Whether the base computes the latents from as many draws as they have unconstrained elements."""
+        """Whether the base computes the continuous latents from as many draws as they have unconstrained elements."""
         structure = self.problem.structure
         model_trace, guide_trace = self.problem.look()
-        nodes = [model_trace.nodes[name] for name in structure.latent]
+        continuous = [name for name in structure.latent if name not in self.discrete]
+        nodes = [model_trace.nodes[name] for name in continuous]
         free = sum(biject_to(node["fn"].support).inverse_shape(node["value"].shape).numel() for node in nodes)
         drawn = sum(guide_trace.nodes[name]["value"].numel() for name in structure.auxiliary)
         return (
-            all(structure.sites[name].guide_distribution == "Delta" for name in structure.latent)
+            all(structure.sites[name].guide_distribution == "Delta" for name in continuous)
             and all(set(structure.common) <= set(structure.sites[name].plates) for name in structure.auxiliary)
             and free == drawn
         )
@@ -84,7 +112,8 @@ class Path:
     def start(self) -> State:
         """Draw independent states from the base."""
         with torch.no_grad():
-            return self.unconstrain(self.problem.run(self.num_chains).values)
+            run = undefined_where_singular(lambda: self.problem.run(self.num_chains))
+        return self.unconstrain(run.values)
 
     def of_run(self, run: Run) -> State:
         """Return the states of a run of as many particles as there are chains, with their gradients."""
@@ -130,17 +159,22 @@ class Path:
             ValueError: if a site is missing, has another number of draws than there are chains, or values that are NaN
                 or outside of the support on which the base draws it.
         """
-        missing = sorted(set(self.transforms) - set(values))
+        missing = sorted(set(self.sites) - set(values))
         if missing:
             raise ValueError(f"values lack site(s) {missing}; they have {sorted(values)}")
         state = {}
-        for name, transform in self.transforms.items():
+        for name in self.sites:
             fn = self.problem.template.nodes[name]["fn"]
             value = self.problem.place(name, values[name], self.num_chains).detach()
             value = self.layout.padded(value, fn.event_dim)
-            state[name] = transform.inv(value)
-            # Transforms clip: a value outside of the support is mapped back to another one.
-            lost = ~((transform(state[name]) - value).abs() <= 1e-3 * (1 + value.abs()))
+            if name in self.transforms:
+                transform = self.transforms[name]
+                state[name] = transform.inv(value)
+                # Transforms clip: a value outside of the support is mapped back to another one.
+                lost = ~((transform(state[name]) - value).abs() <= 1e-3 * (1 + value.abs()))
+            else:
+                state[name] = value.to(self.problem.template.nodes[name]["value"].dtype)
+                lost = ~values_of(fn).contains(value)
             if devices.has_values(lost) and bool(lost.any()):
                 raise ValueError(
                     f"site '{name}' has {int(lost.sum())} values that are NaN or outside of {fn.support}, where the "
@@ -151,9 +185,9 @@ class Path:
     def constrain(self, state: State) -> dict[str, Tensor]:
         """Return the latents at a state, and the auxiliary draws of the base."""
         values = {
-            name: self.problem.place(name, value, self.num_chains) for name, value in self._values(state).items()
+            name: self.problem.place(name, value, self.num_chains) for name, value in self.values(state).items()
         }
-        computed = set(self.problem.structure.latent) - set(values)
+        computed = set(self.problem.structure.latent) - set(self.sites)
         if not computed:
             return values
         with torch.no_grad():
@@ -162,14 +196,32 @@ class Path:
 
     def densities(self, state: State) -> tuple[Tensor, Tensor]:
         """Return (log base, log joint) on the real line, each ``(K, *plates)``."""
-        values = self._values(state)
-        run = self.problem.run(self.num_chains, values)
+        values = self.values(state)
+        log_q, log_p = self.terms(values, self.num_chains, self.plates)
         volume = self._log_volume(state, values)
-        computed = set(self.problem.structure.latent) - set(self.transforms)
-        log_q = sum(term for name, term in run.log_q.items() if name not in computed) + volume
-        log_p = total(run.log_p) + volume
+        return log_q + volume, log_p + volume
+
+    def terms(self, values: Mapping[str, Tensor], count: int, plates: Sequence[Plate]) -> tuple[Tensor, Tensor]:
+        """Return (log base, log joint) of the sites' terms within some plates, each ``(count, *plates)``.
+
+        Terms of sites outside of a plate are repeated along it.
+
+        Args:
+            values: of the sites, on their supports, ``count`` on the leftmost dim.
+            plates: those of :attr:`plates`, and others.
+        """
+        return undefined_where_singular(lambda: self._terms(values, count, plates))
+
+    def _terms(self, values: Mapping[str, Tensor], count: int, plates: Sequence[Plate]) -> tuple[Tensor, Tensor]:
+        run = self.problem.run(count, values)
+        if tuple(plates) != run.plates:
+            run = run.over(tuple(plates))
+        computed = set(self.problem.structure.latent) - set(self.sites)
+        log_q = sum(term for name, term in run.log_q.items() if name not in computed)
+        log_p = total(run.log_p)
         for name in computed:
             log_p = log_p - run.log_q[name]  # minus the log-determinant of the base's map to it
+        assert isinstance(log_q, Tensor)
         return run.shaped(log_q), run.shaped(log_p)
 
     def difference(self, state: State) -> Tensor:
@@ -179,12 +231,10 @@ class Path:
         return log_p - log_q
 
     def gradient(self, state: State, beta: float) -> tuple[Tensor, State]:
-        """Return log f at beta, and its gradient in every latent."""
-        leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
+        """Return log f at beta, and its gradient in every continuous latent."""
+        leaves = {name: state[name].detach().requires_grad_() for name in self.transforms}
         with torch.enable_grad():
-            log_q, log_p = self.densities(leaves)
-            # At an end the other density is ignored, also where it is zero.
-            log_f = log_q if beta == 0 else log_p if beta == 1 else (1 - beta) * log_q + beta * log_p
+            log_f = tempered(*self.densities({**state, **leaves}), beta)
             slopes = torch.autograd.grad(log_f.sum(), list(leaves.values()))
         return log_f.detach(), dict(zip(leaves, slopes, strict=True))
 
@@ -199,11 +249,13 @@ class Path:
         """Reshape values per chain and datum so that they broadcast against a site's state."""
         return self.layout.spread(per_datum, self.plates, self._event_dim(name))
 
-    def _values(self, state: State) -> dict[str, Tensor]:
-        return {name: transform(state[name]) for name, transform in self.transforms.items()}
+    def values(self, state: State) -> dict[str, Tensor]:
+        """Return the sites' values on their supports, in the dims of the state."""
+        moved = {name: transform(state[name]) for name, transform in self.transforms.items()}
+        return {name: moved[name] if name in moved else state[name] for name in self.sites}
 
-    def _log_volume(self, state: State, values: Mapping[str, Tensor]) -> Tensor:
-        """Return log |det T'(u)|, ``(K, *plates)``."""
+    def _log_volume(self, state: State, values: Mapping[str, Tensor]) -> Any:
+        """Return log |det T'(u)|, ``(K, *plates)``; 0 without continuous latents."""
         summed: Any = 0.0
         for name, transform in self.transforms.items():
             change = transform.log_abs_det_jacobian(state[name], values[name])
@@ -212,10 +264,17 @@ class Path:
         return summed
 
     def _event_dim(self, name: str) -> int:
-        """Return the number of event dims of an unconstrained latent."""
-        transform = self.transforms[name]
+        """Return the number of event dims of a latent in a state."""
         event_dim = self.problem.template.nodes[name]["fn"].event_dim
+        if name in self.discrete:
+            return event_dim
+        transform = self.transforms[name]
         return event_dim + transform.domain.event_dim - transform.codomain.event_dim
+
+
+def tempered(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """Return log f at beta; at an end the other density is ignored, also where it is zero."""
+    return log_q if beta == 0 else log_p if beta == 1 else (1 - beta) * log_q + beta * log_p
 
 
 def _sum_last(value: Tensor, dims: int) -> Tensor:

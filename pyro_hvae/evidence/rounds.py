@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_hvae.evidence.annealed import run_chains, tuned_moves
+from pyro_hvae.evidence.gibbs import Gibbs
 from pyro_hvae.evidence.importance import Sampling, draw_log_weights
 from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.path import Path
@@ -73,6 +74,7 @@ class Search:
         self.stages: list[Stage] = []
         self.notes: list[str] = []
         self.weights: dict[str, Weights] = {}
+        self.move = _LEAPFROG + 1  # evaluations of a move of annealing
         self.num_samples = 0 if posterior_samples is None else self._count_samples(posterior_samples)
 
     @property
@@ -96,7 +98,10 @@ class Search:
             return hard
         try:
             self.problem.require_density("annealing")
-            Path(self.problem, 2)
+            path = Path(self.problem, 2)
+            gibbs = Gibbs(path)
+            gibbs(path.start(), 0.0)  # refuses a base without density at a possible value
+            self.move = (_LEAPFROG + 1 if path.transforms else 0) + gibbs.evaluations
         except ValueError as error:
             self._note(f"k-hat asks for annealing for {int(hard.sum())} data, which is not possible: {error}")
             return torch.zeros_like(hard)
@@ -170,10 +175,10 @@ class Search:
 
     def _cost_of_temperature(self) -> int:
         directions = 2 if self.num_samples else 1
-        return 2 * _TUNED * (_LEAPFROG + 1) + directions * _CHAINS * (_LEAPFROG + 2)
+        return 2 * _TUNED * self.move + directions * _CHAINS * (self.move + 1)
 
     def _cost_of_refreshes(self) -> int:
-        return _CHAINS * _REFRESHES * (_LEAPFROG + 1) if self.num_samples else 0
+        return _CHAINS * _REFRESHES * self.move if self.num_samples else 0
 
     def _importance(self, draws: int) -> Weights:
         spent = max(draws - self.num_samples, 1)

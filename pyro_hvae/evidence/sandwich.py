@@ -85,7 +85,8 @@ def evidence_sandwich(
 
     For data simulated from the model, the latents that they were simulated from are exact posterior draws, one for
     each datum (:meth:`~pyro_hvae.problem.Problem.simulate` gives both); then both sides are bounds in expectation, and
-    the bracket measures how well annealing works for this model.
+    the bracket measures how well annealing works for this model.  Latents are continuous, discrete or both, as in
+    :func:`pyro_hvae.evidence.anneal`.
 
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``; or a bound
@@ -102,7 +103,8 @@ def evidence_sandwich(
         :class:`Sandwich`.
 
     Raises:
-        ValueError: for ``num_chains < 2``, for ``resample=True``, or as :func:`pyro_hvae.evidence.anneal`.
+        ValueError: for ``num_chains < 2``, for ``resample=True``, for posterior draws that are no values of their
+            sites, or as :func:`pyro_hvae.evidence.anneal`.
 
     References:
         Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo (Grosse, Ghahramani and Adams, 2015); On
@@ -150,7 +152,7 @@ def _mean_and_error(weights: Tensor) -> tuple[Tensor, Tensor]:
 def posterior_starts(samples: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return posterior draws, one for each chain of a path."""
     starts = {}
-    for name in path.transforms:
+    for name in path.sites:
         if name not in samples:
             raise ValueError(
                 f"posterior_samples has no site '{name}'; it has {sorted(samples)}. For draws of the model's latents "

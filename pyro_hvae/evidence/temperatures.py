@@ -9,6 +9,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from pyro_hvae.evidence.gibbs import Gibbs
 from pyro_hvae.evidence.moves import hamiltonian
 from pyro_hvae.evidence.path import Path
 from pyro_hvae.weights.means import unchecked_sample_size
@@ -77,7 +78,7 @@ def adaptive_temperatures(path: Path, *, target: float = 0.9, num_leapfrog: int 
     """
     if not 0.0 < target < 1.0:
         raise ValueError(f"target must lie in (0, 1), got {target}")
-    state = path.start()
+    state, gibbs = path.start(), Gibbs(path)
     betas = [0.0]
     log_step: Tensor | None = None
     while betas[-1] < 1.0:
@@ -88,9 +89,10 @@ def adaptive_temperatures(path: Path, *, target: float = 0.9, num_leapfrog: int 
         # One synchronisation with the device per temperature.
         betas.append(min(1.0, betas[-1] + float(_largest_step(slope, 1.0 - betas[-1], target))))
         log_step = slope.new_tensor(math.log(0.2)) if log_step is None else log_step
-        for _ in range(3):
+        for _ in range(3 if path.transforms else 0):
             state, accepted = hamiltonian(path, state, betas[-1], log_step.exp(), num_leapfrog)
             log_step = log_step + 0.3 * (accepted.mean() - 0.8)
+        state = gibbs(state, betas[-1])
     betas[-1] = 1.0
     return temperatures(betas)
 

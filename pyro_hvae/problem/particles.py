@@ -59,6 +59,12 @@ def check_particles_apart(problem: Problem, once: frozenset[str]) -> None:
         if isinstance(error, KeyError) and "intermediates cache" not in str(error):
             raise
         differing = []  # a flow without an inverse has no density at other draws than its own
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"a matrix that the programs factorise is singular or not positive definite at one of {count} draws of "
+            f"the guide ({_first_line(error)}): parametrise covariances by their Cholesky factors, add a small "
+            "multiple of the identity, or draw from a guide (or prior) that stays where they are positive definite"
+        ) from error
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
         if not any(word in _first_line(error).lower() for word in LAYOUT_WORDS):  # an error of the program's own
             raise

@@ -169,7 +169,7 @@ def test_what_cannot_be_annealed():
 
     def discrete(x):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(x.new_tensor(0.5)))
+            z = pyro.sample("z", dist.Poisson(x.new_tensor(0.5)))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def impossible(x):
