@@ -185,16 +185,13 @@ def predict(
     Where the model observes something, as a table with missing entries or data that are to be replicated, observed
     sites are drawn too.
 
-    ======================================================= ======================================================
-    call                                                    latents
-    ======================================================= ======================================================
-    ``predict(Problem(model, guide)(*old), *new)``          of the guide given the old data; those in the plates
-                                                            over rows are of the prior, being of new rows
-    ``predict(model, guide, *new)``                         of the guide, called with the new data; of an AutoGuide,
-                                                            whose parameters belong to the old rows, those in the
-                                                            plates over rows are of the prior
-    ``predict(model, None, *new)``                          of the prior
-    ======================================================= ======================================================
+    Latents are drawn, by the call,
+
+    - ``predict(Problem(model, guide)(*old), *new)``: from the guide given the old data; those in the plates over rows
+      from the prior, being of new rows;
+    - ``predict(model, guide, *new)``: from the guide, called with the new data; of an AutoGuide, whose parameters
+      belong to the old rows, those in the plates over rows from the prior;
+    - ``predict(model, None, *new)``: from the prior.
 
     The result says where each latent was drawn from.  Not detected: a guide of one's own whose parameters are one for
     each old row, called with as many new rows; bind the old data in a problem then.
@@ -209,7 +206,7 @@ def predict(
             the first tensor of the new data has rows.
 
     Returns:
-        :class:`Predictions`, a mapping from site to draws (S, *dims of plates, *event).
+        :class:`Predictions`, a mapping from site to draws ``(S, *dims of plates, *event)``.
 
     Raises:
         ValueError: for ``num_draws < 1``, a guide that can't be called with the new data, or a latent whose plates have

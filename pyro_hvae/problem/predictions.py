@@ -11,7 +11,7 @@ __all__ = ["Predictions"]
 
 
 class Predictions(Mapping[str, Tensor]):
-    """Draws of observed sites at new data, by site: (S, *dims of plates, *event).
+    """Draws of observed sites at new data, by site: ``(S, *dims of plates, *event)``.
 
     Attributes:
         latents: draws of the other sites, by site.
