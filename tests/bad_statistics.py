@@ -93,7 +93,7 @@ STATISTICS = {
          "units": (3, None, "z1", [0], {}, {"z2": [0]}, {"z1": []}, {"z1": 0}, {"z1": "0"}, {"z1": [2]}, {"z1": [-1]},
                    {"z1": [0.5]}, {"z1": [True]}, {"z1": ["0"]}, {"z1": [nan]}, {"z1": None}),
          "at": (3, None, "all", (), (nan,), (0.0, inf), ("low",), [[0.0, 1.0]], torch.zeros(0)),
-         "context": (torch.zeros(3), torch.zeros(1, 3)), "title": (3, "", b"a title")},
+         "context": (torch.zeros(3), torch.zeros(1, 3))},
     ),
     "plots.traversal of a conditional model": (
         lambda **o: plots.traversal(

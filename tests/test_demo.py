@@ -31,7 +31,10 @@ def test_demo_writes_what_it_says(made):
     for name in ("training", "layers", "reconstructions", "samples", "depths"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     history = History.read(out / "hvae" / "history.jsonl")
-    assert history["divergence_weight"][0] < history["divergence_weight"][-1] == 1.0
+    weights = history["divergence_weight"]  # on a busy machine the first record may come when warm-up is over
+    assert weights == sorted(weights)
+    assert weights[0] > 0
+    assert weights[-1] == 1.0
     for name in ("hvae", "ladder_vae", "vae"):
         assert len(History.read(out / name / "history.jsonl")) > 0
         assert results["models"][name]["steps"] > 0

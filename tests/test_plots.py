@@ -177,7 +177,8 @@ def pictures():
 @pytest.mark.parametrize("kind", plots.__all__)
 def test_a_picture_has_a_title_and_a_legend_that_covers_nothing(kind):
     draw = pictures()[kind]
-    assert draw(title="VAE of digits").get_suptitle() == "VAE of digits"
+    if kind != "traversal":  # which names the model
+        assert draw(title="VAE of digits").get_suptitle() == "VAE of digits"
     figure = draw()
     assert len(figure.get_suptitle()) > 5
     assert all(axis.has_data() for axis in figure.axes)  # no panel is empty

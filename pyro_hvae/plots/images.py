@@ -129,7 +129,6 @@ def traversal(
     units: Mapping[str, Sequence[int]],
     at: Sequence[float] = (-2.5, -1.875, -1.25, -0.625, 0.0, 0.625, 1.25, 1.875, 2.5),
     context: torch.Tensor | None = None,
-    title: str | None = None,
 ) -> Figure:
     """Plot the effect of units on the image: one row per unit, one image per value, with all others fixed.
 
@@ -140,7 +139,6 @@ def traversal(
         units: those that are moved, by site.
         at: the values that each takes, in standard deviations of a standard normal prior; written above the columns.
         context: covariates of the datum, (c,) or (1, c), for a model that was built with a context.
-        title: of the picture; by default it has the model's name.
 
     Raises:
         TypeError: for a model that is no chain, or latents that are no tensors.
@@ -178,8 +176,7 @@ def traversal(
         with torch.no_grad():
             rows.append(decode(model, moved, size=len(values), context=context).mean)
         titles.append(f"{site}[{unit}]")
-    title = f"{model.name}: one unit moved at a time" if title is None else title
-    figure = samples(rows, shape, titles=titles, title=title)
+    figure = samples(rows, shape, titles=titles, title=f"{model.name}: one unit moved at a time")
     for axis, value in zip(figure.axes, values.tolist(), strict=False):
         axis.set_title(f"{value:.3g}", fontsize=7)
     figure.supxlabel("value of the unit, in standard deviations of a standard normal prior", fontsize=8)
