@@ -41,6 +41,8 @@ def test_fit_and_smoothing_are_those_of_arviz(kind, draws):
     log_weights = ROWS[kind]((draws, 8))
     smoothed, khat = psis(log_weights)
     expected, shape = array_stats.psislw(-log_weights.numpy(), axis=0)
+    if draws < 50 and np.isnan(shape).all():
+        pytest.skip("ArviZ fits no tail of so few draws from version 1 on")
     torch.testing.assert_close(khat, torch.as_tensor(shape), atol=1e-6, rtol=0)
     torch.testing.assert_close(smoothed, torch.as_tensor(expected).T, atol=1e-6, rtol=0)
     torch.testing.assert_close(pareto_khat(log_weights), khat, atol=0, rtol=0)
