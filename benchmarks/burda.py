@@ -1,7 +1,8 @@
 """Importance weighted auto-encoders on MNIST, by the protocol of their authors, beside the published numbers.
 
     python benchmarks/burda.py --data DIR [--layers 1] [--k 1] [--bound iwelbo] [--stages 8] [--batch 20]
-    python benchmarks/burda.py --data DIR --recipe EPOCHS [--rate 2e-3] [--layers 1] [--k 1] [--batch 100]
+    python benchmarks/burda.py --data DIR --recipe EPOCHS [--rate 2e-3] [--hold EPOCHS] [--start RUN] [--bfloat16]
+                               [--layers 1] [--k 1] [--batch 100]
 
 Images are binarised at random whenever they are used.  L=1: 784-200-200-50; L=2: 784-200-200-100-100-100-50, decoders
 reversed, tanh, Xavier's weights, output biases at the logits of the mean image (clipped to [.001, .999]).  Adam with
@@ -10,8 +11,11 @@ log-likelihood of 1000 test images with 1000 draws; at the end of ``--images`` o
 deviation is exp(r) of a network's r, bent so that it stays within [1e-3, 1e3].
 
 With ``--recipe`` the same networks, data and evaluation have a schedule of our own: so many epochs at a rate that falls
-to zero as a cosine, and a moving average of the parameters (decay .999), which is what is measured, after 1, 3, 10, 30,
-... epochs and at the end.  ``cpu_seconds`` is the processor time of training over all threads.
+to zero as a cosine, after ``--hold`` of them, and a moving average of the parameters (decay .999), which is what is
+measured, after 1, 3, 10, 30, ... epochs and at the end.  ``--start`` goes on from the last parameters of another run,
+so that cells with more draws share the epochs with few: hold the rate of the first.  ``cpu_seconds`` is the processor
+time of training over all threads, with that of the run it started from.  ``--bfloat16`` multiplies matrices in
+bfloat16 while training, where the processor can; everything is evaluated in float32.
 
 A run is kept under ``--out`` and goes on there bit for bit when the command is given again, with more stages if asked.
 
@@ -24,6 +28,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import json
 import math
 import os
 import sys
@@ -43,6 +48,7 @@ PUBLISHED = {  # (layers, k): nats of the "VAE" (ELBO with k draws) and of the "
     (1, 1): (86.76, 86.76), (1, 5): (86.47, 85.54), (1, 50): (86.35, 84.78),
     (2, 1): (85.33, 85.33), (2, 5): (85.01, 83.89), (2, 50): (84.78, 82.90),
 }  # fmt: skip
+SPENT = "spent.json"
 BOUNDS = {
     "elbo": TraceELBO,
     "iwelbo": IWELBO,
@@ -64,12 +70,14 @@ def pair(layers: int, mean: Tensor) -> tuple[ph.TopDown, ph.BottomUp]:
 
 def negative_log_likelihood(model: object, guide: object, images: Tensor, draws: int) -> tuple[float, float]:
     """Mean over images binarised once, and its standard error over images; nats."""
-    values = []
+    values, products = [], torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         x = binarize(images)
         for part in x.split(100):
             values.append(ph.log_evidence(model, guide, part, num_samples=draws, chunk_size=25).value)
+    torch.set_float32_matmul_precision(products)
     value = torch.cat(values)
     return -float(value.mean()), float(value.std()) / len(value) ** 0.5
 
@@ -81,7 +89,7 @@ class Schedule:
         self.steps_an_epoch = -(-images // options.batch)
         self.cosine = options.recipe is not None
         stages = [(3 ** (stage + 1) - 1) // 2 for stage in range(options.stages)]
-        self.epochs = options.recipe if self.cosine else stages[-1]
+        self.epochs, self.hold = (options.recipe if self.cosine else stages[-1]), options.hold
         self.ends = self._early() if self.cosine else stages
 
     def _early(self) -> list[int]:
@@ -89,7 +97,8 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         if self.cosine:
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / (self.epochs * self.steps_an_epoch))))
+            falling = max(1, (self.epochs - self.hold) * self.steps_an_epoch)
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0, step - self.hold * self.steps_an_epoch) / falling)))
         return 10.0 ** (-sum(step // self.steps_an_epoch >= end for end in self.ends[:-1]) / 7)
 
 
@@ -98,8 +107,18 @@ class Looks:
 
     def __init__(self, options: argparse.Namespace, ends: list[int], images: Tensor) -> None:
         self.options, self.ends, self.images = options, ends, images
-        self.seconds = self.cpu_seconds = 0.0
+        self.seconds, self.cpu_seconds, self.history = 0.0, 0.0, ""
+        if options.start is not None:
+            spent = json.loads((options.start / SPENT).read_text(encoding="utf-8"))
+            self.seconds, self.cpu_seconds = spent["seconds"], spent["cpu_seconds"]
+            self.history = f"{spent['history']}k={spent['k']}: {spent['epochs']}, "
         self.since = time.perf_counter(), time.process_time()
+
+    def write(self, run: Path) -> None:
+        """Leave what was spent for the runs that start from this one."""
+        spent = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "history": self.history}
+        spent |= {"k": self.options.k, "epochs": self.options.recipe}
+        (run / SPENT).write_text(json.dumps(spent), encoding="utf-8")
 
     def count(self) -> None:
         now = time.perf_counter(), time.process_time()
@@ -134,14 +153,15 @@ def row(looks: Looks, model: object, guide: object, epochs: int, images: Tensor,
     found = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "layers": options.layers, "k": options.k, "bound": options.bound, "batch": options.batch,
-        "seed": options.seed, "recipe": options.recipe or "", "rate": options.rate, "epochs": epochs,
+        "seed": options.seed, "recipe": options.recipe or "", "rate": options.rate,
+        "before": looks.history.rstrip(", "), "epochs": epochs,
         "train_seconds": round(looks.seconds), "cpu_seconds": round(looks.cpu_seconds),
         "images": len(images), "draws": draws, "nll": round(nll, 3), "stderr": round(error, 3),
         "active": "+".join(str(units[name]) for name in sorted(units)), "published": published,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "pyro": pyro.__version__,
         "pyro_hvae": ph.__version__, "command": " ".join(["python benchmarks/burda.py", *sys.argv[1:]]),
     }  # fmt: skip
-    print("  ".join(f"{key} {value}" for key, value in list(found.items())[1:17]), flush=True)
+    print("  ".join(f"{key} {value}" for key, value in list(found.items())[1:18]), flush=True)
     print(f"  evaluated in {time.perf_counter() - start:.0f} s", flush=True)
     if options.csv is not None:
         fresh = not options.csv.exists()
@@ -164,6 +184,9 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=8, choices=range(1, 9), metavar="1..8")
     parser.add_argument("--recipe", type=int, default=None, metavar="EPOCHS", help="our schedule, with so many epochs")
     parser.add_argument("--rate", type=float, default=1e-3, help="rate at the start")
+    parser.add_argument("--hold", type=int, default=0, metavar="EPOCHS", help="before the rate of a recipe falls")
+    parser.add_argument("--start", type=Path, default=None, metavar="RUN", help="folder of the run to go on from")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16 while training")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--images", type=int, default=1000, help="test images looked at when training is over")
     parser.add_argument("--seed", type=int, default=0)
@@ -172,15 +195,22 @@ def main() -> None:
     options = parser.parse_args()
     if options.recipe is not None and options.recipe < 1:
         parser.error(f"--recipe takes a number of epochs of at least 1, got {options.recipe}")
+    if options.start is not None and not (options.recipe and (options.start / SPENT).exists()):
+        parser.error(f"--start takes the folder of a --recipe run that has ended, got {options.start}")
 
     train, test = (getattr(idx_folder(options.data), part) for part in ("train", "test"))
     torch.manual_seed(options.seed)
     model, guide = pair(options.layers, train.mean(0))
+    if options.start is not None:
+        ph.load(options.start, programs=(model, guide))
+    torch.set_float32_matmul_precision("medium" if options.bfloat16 else "highest")
     schedule = Schedule(options, len(train))
     looks = Looks(options, schedule.ends, test)
     name = f"L{options.layers}-k{options.k}-{options.bound}-b{options.batch}-s{options.seed}"
     if options.recipe:
-        name += f"-recipe{options.recipe}-r{options.rate:g}"
+        name += f"-recipe{options.recipe}-r{options.rate:g}" + (f"-h{options.hold}" if options.hold else "")
+    if options.start is not None:
+        name += f"-from-{options.start.name}"
     result = ph.fit(
         model,
         guide,
@@ -204,6 +234,8 @@ def main() -> None:
         progress=os.isatty(2),
     )
     looks.count()
+    if options.recipe:
+        looks.write(options.out / name)
     with result.averages.applied() if result.averages else contextlib.nullcontext():
         row(looks, model, guide, schedule.epochs, test[: options.images], 5000)
 

@@ -1,14 +1,15 @@
 """Annealing that is trained, on MNIST, beside the figures of uncorrected Hamiltonian annealing (UHA).
 
-    python benchmarks/uha_mnist.py [--data DIR] [--k 1 8 16] [--epochs 100] [--first-epochs 100] [--runs DIR] [--resume]
-                                   [--short] [--csv FILE]
+    python benchmarks/uha_mnist.py [--data DIR] [--k 1 8 16] [--epochs 100] [--rate 1e-4] [--first-epochs 400]
+                                   [--correction] [--bfloat16] [--runs DIR] [--resume] [--short] [--csv FILE]
 
 The networks of the paper: one hidden layer of 450 ReLU in encoder and decoder, 64 latents; images are drawn anew from
 their grey values whenever they are used, the test images once, by a seed of their own.  A VAE is trained by its ELBO
 (``--first-epochs``, Adam at 1e-3 by a cosine).  From there, for each K, all of it is trained on ``AnnealedBound(K)``
-(``--epochs``, Adam at 1e-4; ``--correction`` for momenta that are corrected by the scores, which UHA has not); K = 1
-is one Hamiltonian step, and stands beside the ELBO.  Reported are the bound on all test images, one draw each, and
-log p(x) of the first ``--images`` by annealing.
+(``--epochs``, Adam at ``--rate``, by a cosine too; ``--correction`` for momenta that are corrected by the scores, which
+UHA has not); K = 1 is one Hamiltonian step, and stands beside the ELBO.  Reported are the bound on all test images, one
+draw each, and log p(x) of the first ``--images`` by annealing.  ``--bfloat16`` multiplies matrices in bfloat16 while
+training, where the processor can; everything is evaluated in float32.
 
 A run is kept under ``--runs`` and goes on there with ``--resume``.
 
@@ -18,9 +19,11 @@ Reference: MCMC Variational Inference via Uncorrected Hamiltonian Annealing (Gef
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,9 +57,17 @@ def trained(model: Any, guide: Any, bound: Any, data: Tensor, rate: float, epoch
         schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, epochs * math.ceil(len(data) / 100)
         ),
-        run_dir=run, resume=resume and run.exists(), checkpoint_every=300, log_every=600, terms_every=10**9,
-        progress=False,
+        run_dir=run, resume=resume and run.exists(), checkpoint_every=600, log_every=600, terms_every=10**9,
+        compile=True, progress=False,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def products(bfloat16: bool) -> Iterator[None]:
+    """Multiply matrices of float32 in bfloat16."""
+    torch.set_float32_matmul_precision("medium" if bfloat16 else "highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 def mean(bound: Any, model: Any, guide: Any, x: Tensor) -> Tensor:
@@ -78,7 +89,14 @@ def scored(k: int, start: tuple[Any, Any], data: Tensor, x: Tensor, options: arg
     began = time.process_time()
     bound = ph.AnnealedBound(k, correction=options.correction)
     name = f"k{k}-corrected" if options.correction else f"k{k}"
-    trained(model, guide, bound, data, 1e-4, options.epochs, options.runs / name, options.resume)
+    with products(options.bfloat16):
+        result = trained(model, guide, bound, data, options.rate, options.epochs, options.runs / name, options.resume)
+    with result.averages.applied():
+        return row(k, bound, model, guide, x, began, options)
+
+
+def row(k: int, bound: Any, model: Any, guide: Any, x: Tensor, began: float, options: Any) -> dict[str, object]:
+    """Return the figures of a trained pair."""
     hours = (time.process_time() - began) / 3600
     value = mean(bound, model, guide, x)
     evidence = log_evidence(model, guide, x[: options.images], 20 if options.short else 500)
@@ -87,6 +105,7 @@ def scored(k: int, start: tuple[Any, Any], data: Tensor, x: Tensor, options: arg
         "K": k,
         "corrected": "yes" if options.correction else "no",
         "epochs": options.epochs,
+        "rate": options.rate,
         "processor hours": f"{hours:.2f}",
         "test bound": f"{value.mean():.2f}",
         "s.e.": f"{value.std() / len(value) ** 0.5:.2f}",
@@ -102,8 +121,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data" / "mnist")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--first-epochs", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--first-epochs", type=int, default=400)
     parser.add_argument("--correction", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--images", type=int, default=500, help="test images whose log p(x) is estimated")
     parser.add_argument("--runs", type=Path, default=Path("runs/uha_mnist"))
     parser.add_argument("--resume", action="store_true")
@@ -117,7 +138,9 @@ def main() -> None:
         data, x, options.epochs, options.first_epochs, options.images = data[:500], x[:200], 1, 1, 50
     model, guide = pair()
     elbo = ph.LayerwiseELBO()
-    trained(model, guide, elbo, data, 1e-3, options.first_epochs, options.runs / "elbo", options.resume)
+    with products(options.bfloat16):
+        trained(model, guide, elbo, data, 1e-3, options.first_epochs, options.runs / "elbo", options.resume)
+    ph.load(options.runs / "elbo", programs=(model, guide), ema=True)
     value = mean(ph.TraceELBO(), model, guide, x)
     print(f"ELBO of the start: {value.mean():.2f} +- {value.std() / len(value) ** 0.5:.2f}", flush=True)
     rows = []

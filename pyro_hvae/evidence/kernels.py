@@ -16,7 +16,8 @@ preserve volume (also with bounded scores, which keep them from diverging), so t
 
 With corrections :math:`m = 0, d = 0, c = 1` this is uncorrected Hamiltonian annealing.  The corrections are, coordinate
 by coordinate, affine in the two scores :math:`\nabla\log q` and :math:`\nabla\log p` at u, so that they apply to every
-datum by its own scores, and two Gaussians with independent coordinates are joined exactly.
+datum by its own scores, and two Gaussians with independent coordinates are joined exactly.  A network for each chain
+may be added to them (:mod:`pyro_hvae.evidence.networks`), whose m and log c depend on state, scores and momentum.
 
 Gradients in the corrections would be mostly noise, and two terms of zero mean take it away.  The forward ones lose
 :math:`\nabla\log N_F`, the score of the chain that draws.  The backward ones lose a share of
@@ -30,11 +31,13 @@ Landing (Roeder, Wu and Duvenaud, 2017) for the forward gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyro_hvae.evidence.networks import MomentumNetwork
 from pyro_hvae.evidence.path import Path, State
 
 __all__ = ["AnnealingKernels", "Point"]
@@ -71,9 +74,10 @@ class AnnealingKernels(nn.Module):
         path: of the problem, with two or more chains; gives the sites, their shapes and the base's draws.
         num_temperatures: T.
         correction: whether the chains' momenta are corrected by the scores.
+        hidden: widths of the networks that correct them too; empty for none.
     """
 
-    def __init__(self, path: Path, num_temperatures: int, *, correction: bool) -> None:
+    def __init__(self, path: Path, num_temperatures: int, *, correction: bool, hidden: Sequence[int] = ()) -> None:
         super().__init__()
         path.require_continuous("learned annealing")
         self.num_temperatures, self.correction = num_temperatures, correction
@@ -96,6 +100,10 @@ class AnnealingKernels(nn.Module):
                 site["backward_momentum"] = torch.zeros(steps, *shape, **kind)
                 site["backward_log_sd"] = torch.zeros(steps, *shape, **kind)
             self.add_module(self.names[name], site)
+        self.networks = nn.ModuleDict()
+        if hidden:
+            self.networks["forward_chain"] = MomentumNetwork(path, steps, 1, hidden)
+            self.networks["backward_chain"] = MomentumNetwork(path, steps, 2, hidden)
 
     @property
     def betas(self) -> Tensor:
@@ -137,7 +145,7 @@ class AnnealingKernels(nn.Module):
         momentum: State = {}
         undone: Any = 0.0
         for t in range(self.num_temperatures):
-            mean, sd = self._forward_mean(here, t, momentum), self._refreshed_sd(t)
+            mean, sd = self._forward_mean(path, here, t, momentum), self._refreshed_sd(t)
             fresh = {name: m + sd * torch.randn_like(m) for name, m in mean.items()}
             log_w = log_w - self._log_forward(path, here, t, momentum, fresh, held=("forward",))
             if t:
@@ -157,7 +165,7 @@ class AnnealingKernels(nn.Module):
         log_w = here.log_p
         fresh: State | None = None
         for t in range(self.num_temperatures, 0, -1):
-            mean, log_sd = self._backward_mean(here, t, fresh)
+            mean, log_sd = self._backward_mean(path, here, t, fresh)
             momentum = {name: m + log_sd[name].exp() * torch.randn_like(m) for name, m in mean.items()}
             log_w = log_w + self._log_normal(path, momentum, mean, log_sd)
             if fresh is not None:
@@ -225,23 +233,35 @@ class AnnealingKernels(nn.Module):
         log_scale = log_scale.detach() if "shared" in held else log_scale
         return (log_scale.exp() * score).nan_to_num(nan=0.0).clamp(-_LARGEST, _LARGEST)
 
-    def _forward_mean(self, here: Point, t: int, momentum: State, held: Held = ()) -> State:
+    def _by_network(self, path: Path, here: Point, t: int, momentum: State, way: str, held: Held) -> list[Any]:
+        """Return the networks' shifts and changes of log sds by site, 0 without networks."""
+        if not self.networks:
+            return [dict.fromkeys(self.shapes, 0.0)] * 2
+        scores = [{name: self._score(here, name, which, held) for name in self.shapes} for which in ("q", "p")]
+        return self.networks[f"{way}_chain"](path, here.state, scores, momentum, t, held=way in held)
+
+    def _forward_mean(self, path: Path, here: Point, t: int, momentum: State, held: Held = ()) -> State:
         keep, sd = self._keep(t), self._refreshed_sd(t)
+        shift = self._by_network(path, here, t, momentum, "forward", held)[0]
         return {
-            name: sd * self._shift(here, name, t, "forward", held)
+            name: sd * (self._shift(here, name, t, "forward", held) + shift[name])
             + (keep * momentum[name] if t else torch.zeros_like(here.state[name]))
             for name in self.shapes
         }
 
-    def _backward_mean(self, here: Point, t: int, fresh: State | None, held: Held = ()) -> tuple[State, State]:
+    def _backward_mean(
+        self, path: Path, here: Point, t: int, fresh: State | None, held: Held = ()
+    ) -> tuple[State, State]:
         """Return mean and log sd of the momentum after step t, given that of step t + 1 refreshed."""
         last = fresh is None
         keep = torch.zeros_like(self.damping[0]) if last else self._keep(t, held)
         sd = (1 - keep**2).sqrt()
+        shift, change = self._by_network(path, here, t - 1, fresh or {}, "backward", held)
         mean, log_sd = {}, {}
         for name in self.shapes:
-            value = sd * self._shift(here, name, t - 1, "backward", held) + torch.zeros_like(here.state[name])
-            log_sd[name] = sd.log()
+            value = sd * (self._shift(here, name, t - 1, "backward", held) + shift[name])
+            value = value + torch.zeros_like(here.state[name])
+            log_sd[name] = sd.log() + change[name]
             if self.correction:
                 log_sd[name] = log_sd[name] + self.site(name)["backward_log_sd"][t - 1]
             if fresh is not None:
@@ -255,13 +275,13 @@ class AnnealingKernels(nn.Module):
     def _log_backward(
         self, path: Path, here: Point, t: int, momentum: State, fresh: State | None, *, held: Held = ()
     ) -> Tensor:
-        mean, log_sd = self._backward_mean(here, t, fresh, held)
+        mean, log_sd = self._backward_mean(path, here, t, fresh, held)
         return self._log_normal(path, momentum, mean, log_sd)
 
     def _log_forward(
         self, path: Path, here: Point, t: int, momentum: State, fresh: State, *, held: Held = ()
     ) -> Tensor:
-        mean, sd = self._forward_mean(here, t, momentum, held), self._refreshed_sd(t)
+        mean, sd = self._forward_mean(path, here, t, momentum, held), self._refreshed_sd(t)
         return self._log_normal(path, fresh, mean, dict.fromkeys(mean, sd.log()))
 
     @staticmethod

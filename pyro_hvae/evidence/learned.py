@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_hvae.arguments import check_count
 from pyro_hvae.bounds.base import Bound, Estimate, Evaluation
 from pyro_hvae.evidence.interval import Interval
 from pyro_hvae.evidence.kernels import AnnealingKernels
@@ -41,6 +42,9 @@ class AnnealedBound(Bound):
         num_particles: K chains, whose log-weights are averaged.
         correction: whether the momenta of both chains are corrected by the scores; without, the bound is that of
             Geffner and Domke.
+        hidden: widths of the hidden layers of two networks, one for each chain, that correct the momenta from the
+            state, both scores and the momentum; for posteriors that are far from Gaussian.  Without them corrections
+            are affine in the scores, coordinate by coordinate.
 
     Raises:
         ValueError: for counts below one, and when it is run, for discrete latents or a guide without reparameterised
@@ -68,11 +72,21 @@ class AnnealedBound(Bound):
 
     kernels: AnnealingKernels | None
 
-    def __init__(self, num_temperatures: int, num_particles: int = 1, *, correction: bool = True) -> None:
+    def __init__(
+        self, num_temperatures: int, num_particles: int = 1, *, correction: bool = True, hidden: Sequence[int] = ()
+    ) -> None:
         super().__init__(num_particles)
         if num_temperatures < 1:
             raise ValueError(f"num_temperatures must be at least 1, got {num_temperatures}")
-        self.num_temperatures, self.correction = num_temperatures, correction
+        if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+            raise ValueError(f"hidden must be a sequence of widths, got {hidden!r}")
+        for width in hidden:
+            check_count("every width in hidden", width)
+        if hidden and not correction:
+            raise ValueError(
+                f"hidden={hidden!r} are widths of networks that correct the momenta: leave correction=True"
+            )
+        self.num_temperatures, self.correction, self.hidden = num_temperatures, correction, tuple(hidden)
         self.kernels = None
 
     def _arguments(self) -> dict[str, Any]:
@@ -80,6 +94,7 @@ class AnnealedBound(Bound):
             "num_temperatures": self.num_temperatures,
             "num_particles": self.num_particles,
             "correction": self.correction,
+            **({"hidden": self.hidden} if self.hidden else {}),
         }
 
     @evaluating()
@@ -96,7 +111,7 @@ class AnnealedBound(Bound):
             problem = problem_of(model, guide, args, kwargs)
             problem.require_density("annealing")
             self.kernels = AnnealingKernels(
-                Path(problem, _DRAWS), self.num_temperatures, correction=self.correction
+                Path(problem, _DRAWS), self.num_temperatures, correction=self.correction, hidden=self.hidden
             )
         return self
 

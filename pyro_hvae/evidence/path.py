@@ -73,6 +73,7 @@ class Path:
             require_finite(name, nodes[name]["fn"])
         moved = structure.auxiliary or tuple(name for name in structure.latent if name not in self.discrete)
         self.transforms = {name: biject_to(nodes[name]["fn"].support) for name in moved}
+        self._base: Run | None = None  # whose guide's distributions hold for all states
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -113,10 +114,12 @@ class Path:
         """Draw independent states from the base."""
         with torch.no_grad():
             run = undefined_where_singular(lambda: self.problem.run(self.num_chains))
+        self._settle(run)
         return self.unconstrain(run.values)
 
     def of_run(self, run: Run) -> State:
         """Return the states of a run of as many particles as there are chains, with their gradients."""
+        self._settle(run)
         return {
             name: transform.inv(self.layout.padded(run.values[name], self.problem.template.nodes[name]["fn"].event_dim))
             for name, transform in self.transforms.items()
@@ -212,8 +215,16 @@ class Path:
         """
         return undefined_where_singular(lambda: self._terms(values, count, plates))
 
+    def _settle(self, run: Run) -> None:
+        """Keep the guide's distributions of a run, where they do not depend on the draws."""
+        if self.problem.separable:
+            self._base = run
+
     def _terms(self, values: Mapping[str, Tensor], count: int, plates: Sequence[Plate]) -> tuple[Tensor, Tensor]:
-        run = self.problem.run(count, values)
+        if self._base is not None and self._base.num_particles == count:
+            run = self.problem.rerun(self._base, values)
+        else:
+            run = self.problem.run(count, values)
         if tuple(plates) != run.plates:
             run = run.over(tuple(plates))
         computed = set(self.problem.structure.latent) - set(self.sites)
@@ -248,6 +259,14 @@ class Path:
     def spread(self, per_datum: Tensor, name: str) -> Tensor:
         """Reshape values per chain and datum so that they broadcast against a site's state."""
         return self.layout.spread(per_datum, self.plates, self._event_dim(name))
+
+    def vector(self, value: Tensor, name: str) -> Tensor:
+        """Flatten a site's state for each chain and datum: ``(K, *plates, elements)``."""
+        return self.layout.vector(value, self.plates, self._event_dim(name))
+
+    def unvector(self, vector: Tensor, name: str) -> Tensor:
+        """Undo :meth:`vector`."""
+        return self.layout.unvector(vector, self.plates, self._event_dim(name), self.shared_shape(name))
 
     def values(self, state: State) -> dict[str, Tensor]:
         """Return the sites' values on their supports, in the dims of the state."""

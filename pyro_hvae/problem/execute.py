@@ -214,11 +214,14 @@ class Call:
         nesting = 0 if self.structure is None else self.structure.max_plate_nesting
         return Layout(nesting, self.num_particles)
 
-    def traces(self, draws: Trace | None = None, *, freeze: tuple[Trace, ...] = ()) -> tuple[Trace, Trace]:
+    def traces(
+        self, draws: Trace | None = None, *, settled: bool = False, freeze: tuple[Trace, ...] = ()
+    ) -> tuple[Trace, Trace]:
         """Return the traces of model and guide.
 
         Args:
             draws: replay the guide on these instead of drawing.
+            settled: they are the guide's trace as it is; it is not run.
             freeze: hold the parameters of the programs, and those that these traces name, constant.
         """
         programs, structure = self.programs, self.structure
@@ -236,7 +239,11 @@ class Call:
         with self._modes(replayed=draws is not None) as stack:
             if freeze:
                 stack.enter_context(frozen(trainable(programs.model, programs.guide, *freeze)))
-            traces = run_pair(model, guide, programs.args, kwargs, draws)
+            if settled:
+                assert draws is not None
+                traces = poutine.trace(poutine.replay(model, trace=draws)).get_trace(*programs.args, **kwargs), draws
+            else:
+                traces = run_pair(model, guide, programs.args, kwargs, draws)
         self._record_indices(traces)
         return traces
 

@@ -72,6 +72,30 @@ class Layout(NamedTuple):
         laid = per_datum.reshape(shape if self.num_particles > 1 else shape[1:])
         return laid.reshape(laid.shape + (1,) * event_dim)
 
+    def vector(self, value: Tensor, plates: Sequence[Plate], event_dim: int) -> Tensor:
+        """Flatten a site's value for each particle and index of ``plates``: ``(K or 1, *plates, elements)``."""
+        order = self._plates_first(plates, event_dim)
+        value = self.padded(value, event_dim).permute(order)
+        kept = len(plates) + (self.num_particles > 1)
+        value = value.reshape(*value.shape[:kept], -1)
+        return value if self.num_particles > 1 else value.unsqueeze(0)
+
+    def unvector(self, vector: Tensor, plates: Sequence[Plate], event_dim: int, shape: Sequence[int]) -> Tensor:
+        """Undo :meth:`vector` for a site whose value has the sizes ``shape``, 1 along the dims of ``plates``."""
+        order = self._plates_first(plates, event_dim)
+        leading = vector.shape if self.num_particles > 1 else vector.shape[1:]
+        kept = len(plates) + (self.num_particles > 1)
+        lead = self.rank - self.nesting
+        rest = [shape[d - lead] for d in order[kept:]]
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return vector.reshape(*leading[:kept], *rest).permute(inverse)
+
+    def _plates_first(self, plates: Sequence[Plate], event_dim: int) -> list[int]:
+        """Return the order of dims that has particles, then ``plates``, then all others."""
+        lead = self.rank - self.nesting
+        first = list(range(lead)) + [self.rank + plate.dim for plate in plates if plate.dim is not None]
+        return first + [d for d in range(self.rank + event_dim) if d not in first]
+
     def put(self, value: Tensor, plates: Sequence[Plate], event_shape: Sequence[int]) -> Tensor:
         """Reshape a value of a site to ``(K, *plates, *event)``.
 

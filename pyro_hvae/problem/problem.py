@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from pyro_hvae.problem.cached import cached
 from pyro_hvae.problem.checks import check_observations, check_particles
@@ -163,8 +164,11 @@ class Problem:
         return self._derive_structure() if structure is None else structure
 
     def look(self) -> tuple[Trace, Trace]:
-        """Return traces of model and guide, with one particle and nothing enumerated, without side effects."""
-        with isolated(self.model, self.guide), torch.no_grad():
+        """Return traces of model and guide, with one particle and nothing enumerated, without side effects.
+
+        It is read for shapes and distributions, and stays out of a graph that a compiled step traces.
+        """
+        with isolated(self.model, self.guide), torch.no_grad(), disable_proxy_modes_tracing():
             return Call(self.programs, None, indices=self._indices).traces()
 
     def settle(self) -> None:
@@ -194,6 +198,16 @@ class Problem:
         if key not in structure.facts:
             structure.facts[key] = dependencies_of(self.programs, structure)
         return structure.facts[key]
+
+    @property
+    def separable(self) -> bool:
+        """Whether no site of the guide depends on a draw of it, so that its distributions hold for other draws too."""
+        structure = self.structure
+        if structure.auxiliary or structure.enumerated_in_guide:
+            return False
+        if any(structure.sites[name].guide_distribution == "Delta" for name in structure.drawn):
+            return False
+        return self.dependencies.complete and not any(self.dependencies.guide.values())
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -279,6 +293,23 @@ class Problem:
             if held:
                 draws = self._held(held)
             return self.execute(structure, num_particles, once, draws)
+
+    def rerun(self, run: Run, values: Mapping[str, Tensor]) -> Run:
+        """Evaluate other draws with the guide's distributions of a run; for a pair that is :attr:`separable`.
+
+        Args:
+            run: of this problem; gradients flow to the guide's parameters through it.
+            values: for each drawn site as many values as the run has particles, as in :meth:`run`.
+        """
+        draws = run.guide_trace.copy()
+        for name in run.structure.drawn:
+            node = {key: value for key, value in draws.nodes[name].items() if "log_prob" not in key}
+            draws.nodes[name] = {**node, "value": self.place(name, values[name], run.num_particles)}
+        model_trace, guide_trace = run.call.traces(draws, settled=True)
+        actual = self._recognise(run.structure, model_trace, guide_trace)
+        if actual is run.structure or actual.laid_out_as(run.structure):
+            return Run(model_trace, guide_trace, actual, run.call)
+        return self.run(run.num_particles, values)
 
     def runs(self, counts: list[int]) -> Iterator[Run]:
         """Yield one run for each number of particles, all on one minibatch."""

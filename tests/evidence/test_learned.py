@@ -35,24 +35,27 @@ def log_weights(bound, *pair, num_chains=4000):
         return bound._forward(Problem(pair[0], pair[1])(*pair[2:]), num_chains)[0]
 
 
-@pytest.mark.parametrize("correction", [False, True])
+OPTIONS = [{"correction": False}, {"correction": True}, {"hidden": (8,)}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_weights_are_unbiased_at_any_parameters(correction, steps):
+def test_weights_are_unbiased_at_any_parameters(options, steps):
     x = torch.tensor([0.0, 2.0])
     pair = conjugate.model, conjugate.guide(slope=0.3, scale=0.9), x
-    bound = disturb(AnnealedBound(steps, correction=correction).prepare(*pair))
+    bound = disturb(AnnealedBound(steps, **options).prepare(*pair))
     weights = log_weights(bound, *pair)
     assert ((log_mean_exp(weights) - exact(x)).abs() < 4 * log_mean_exp_stderr(weights)).all()
     assert (weights.mean(0) < exact(x)).all()
 
 
-@pytest.mark.parametrize("correction", [False, True])
-def test_reverse_weights_are_unbiased_for_the_inverse(correction):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_reverse_weights_are_unbiased_for_the_inverse(options):
     from pyro_hvae import Problem
 
     x = torch.tensor([0.0, 2.0])
     pair = conjugate.model, conjugate.guide(slope=0.3, scale=0.9), x
-    bound = disturb(AnnealedBound(3, correction=correction).prepare(*pair))
+    bound = disturb(AnnealedBound(3, **options).prepare(*pair))
     draws = {"z": x / 2 + 0.5**0.5 * torch.randn(4000, 2)}
     with torch.no_grad():
         inverse = bound._reverse(Problem(*pair[:2])(x), 4000, draws)
@@ -74,8 +77,9 @@ def hierarchy_evidence(x):
     return log_f.logsumexp(0) + math.log(float(grid[1] - grid[0]))
 
 
+@pytest.mark.parametrize("hidden", [(), (6,)])
 @pytest.mark.parametrize("auto", [AutoNormal, AutoMultivariateNormal, None])
-def test_constrained_and_global_latents(auto):
+def test_constrained_and_global_latents(auto, hidden):
     x = torch.tensor([0.3, -1.2, 0.8])
 
     def by_hand(x):
@@ -86,7 +90,7 @@ def test_constrained_and_global_latents(auto):
     guide = by_hand if auto is None else auto(hierarchy, init_scale=0.8)
     if auto is not None:
         guide(x)
-    bound = disturb(AnnealedBound(2).prepare(hierarchy, guide, x), 0.1)
+    bound = disturb(AnnealedBound(2, hidden=hidden).prepare(hierarchy, guide, x), 0.1)
     weights = log_weights(bound, hierarchy, guide, x, num_chains=6000)
     assert weights.shape == (6000,)
     assert abs(log_mean_exp(weights) - hierarchy_evidence(x)) < 4 * log_mean_exp_stderr(weights)
@@ -171,6 +175,50 @@ def test_gradients_of_corrections_are_those_of_the_mean():
             entry.add_(h)
             difference = (above - below) / (2 * h)  # noise: sd of the plain gradient, at most 2, over sqrt(chains)
             assert abs(float(found[name][t].sum()) - difference) < 4 * 2.5 / chains**0.5, (name, t)
+
+
+def test_gradients_of_networks_are_those_of_the_mean():
+    """Against differences along one direction of all their parameters."""
+    from pyro_hvae import Problem
+
+    x = torch.tensor([0.0, 2.0])
+    pair = conjugate.model, conjugate.guide(slope=0.4, scale=0.9), x
+    bound = disturb(AnnealedBound(2, hidden=(5,)).prepare(*pair), 0.1)
+    chains, h = 50_000, 1e-3
+    for way in ("forward", "backward"):
+        parameters = list(bound.kernels.networks[f"{way}_chain"].parameters())
+        direction = [torch.randn_like(p) / p.numel() ** 0.5 for p in parameters]
+        torch.manual_seed(0)
+        weights = bound._forward(Problem(*pair[:2])(x), chains)[0]
+        found = torch.autograd.grad(weights.mean(0).sum(), parameters)
+        slope = sum((g * d).sum() for g, d in zip(found, direction, strict=True))
+
+        def mean(step, parameters=parameters, direction=direction):
+            with torch.no_grad():
+                torch._foreach_add_(parameters, [step * d for d in direction])
+            torch.manual_seed(0)
+            return float(log_weights(bound, *pair, num_chains=chains).mean(0).sum())
+
+        above = mean(h)
+        below = mean(-2 * h)
+        mean(h)
+        assert slope.abs() > 0.02, way  # else the comparison says nothing
+        assert abs(float(slope) - (above - below) / (2 * h)) < 0.02, way
+
+
+def test_networks_join_gaussians_of_other_axes():
+    """Two steps of coordinates' own corrections can't turn the axes; with networks little is left."""
+
+    def correlated():  # log Z = 0
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]])))
+
+    gaps = []
+    for hidden in ((), (16,)):
+        guide = Diagonal(0.6, z=(2,))
+        bound = AnnealedBound(2, 32, hidden=hidden).prepare(correlated, guide)
+        train(bound, correlated, guide, steps=250, rate=0.01)
+        gaps.append(-float(log_weights(bound, correlated, guide, num_chains=5000).mean()))
+    assert gaps[1] < 0.1 * gaps[0], gaps
 
 
 def test_share_of_others():
@@ -331,6 +379,10 @@ def test_refusals():
     pair = conjugate.model, conjugate.guide(), x
     with pytest.raises(ValueError, match="num_temperatures must be at least 1, got 0"):
         AnnealedBound(0)
+    with pytest.raises(ValueError, match="hidden must be a sequence of widths, got 8"):
+        AnnealedBound(2, hidden=8)
+    with pytest.raises(ValueError, match="leave correction=True"):
+        AnnealedBound(2, hidden=(8,), correction=False)
     with pytest.raises(ValueError, match=r"no parameters yet: call bound.prepare"):
         AnnealedBound(2).per_datum(*pair)
     bound = AnnealedBound(2).prepare(*pair)

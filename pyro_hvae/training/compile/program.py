@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from pyro_hvae.training.compile.graph import FlatGraph, kept_values
 from pyro_hvae.training.compile.update import FusedAdam
 
-__all__ = ["CompileMismatchError", "Program", "compile_graph", "same"]
+__all__ = ["CompileMismatchError", "Program", "compile_graph", "full_precision", "same"]
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ class Program:
         """
         results = []
         for call in (self.call, self.flat.module):
-            with torch.random.fork_rng(), torch.no_grad(), kept_values(self.flat.tensors):
+            with torch.random.fork_rng(), torch.no_grad(), kept_values(self.flat.tensors), full_precision():
                 torch.set_rng_state(noise)
                 results.append([value.clone() for value in call(*self.flat.tensors, *inputs)])
         same("the compiled graph", labels, results[0], results[1])
@@ -118,6 +119,17 @@ def _owned(module: fx.GraphModule, keep_draws: bool) -> fx.GraphModule:
             node.target = aten.bernoulli.Tensor
             node.args = (node.args[0], node.args[0])
     return fx.GraphModule(module, graph)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply matrices of float32 in full, whatever ``torch.set_float32_matmul_precision`` allows, for comparisons."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def same(what: str, labels: list[str], actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

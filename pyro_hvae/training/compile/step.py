@@ -22,7 +22,7 @@ from pyro_hvae.training.compile.graph import (
     split_batch,
     trace,
 )
-from pyro_hvae.training.compile.program import Program, same
+from pyro_hvae.training.compile.program import Program, full_precision, same
 from pyro_hvae.training.compile.reads import NotTraceable
 from pyro_hvae.training.compile.update import FusedAdam, clip, missing_parameters
 from pyro_hvae.training.compile.watch import Watch
@@ -295,11 +295,11 @@ class CompiledStep:
 
     def _compare(self, flat: FlatGraph, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[str], Tensor]:
         """Compare the eager program with the flat graph under one noise; return names of the results, and the noise."""
-        with torch.random.fork_rng(), kept_buffers(self.objective), kept_values(flat.tensors):
+        with torch.random.fork_rng(), kept_buffers(self.objective), kept_values(flat.tensors), full_precision():
             noise = torch.get_rng_state()
             with plain_programs():
                 loss, gradients = loss_and_gradients(self.objective, flat.trained, args, kwargs)
-        with torch.random.fork_rng(), kept_values(flat.tensors):
+        with torch.random.fork_rng(), kept_values(flat.tensors), full_precision():
             torch.set_rng_state(noise)
             results = flat(*_inputs(args, kwargs))
         names = {id(p): name for name, p in self.objective.named_parameters()}

@@ -23,6 +23,7 @@ from pyro_hvae.training.compile import (
     compile_step,
     trace,
 )
+from pyro_hvae.training.compile.graph import loss_and_gradients
 from pyro_hvae.training.compile.program import same
 
 
@@ -372,3 +373,48 @@ def test_inductor_equals_eager(batches, bound):
     eager.fallback = "on purpose"
     torch.testing.assert_close(run(step, batches), run(eager, batches), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(state_of(objective), state_of(other), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_annealing_compiles_without_the_looks_at_the_pair(steps):
+    """A look that shapes are read from draws too; its draws are no part of the graph."""
+    from pyro_hvae.evidence import AnnealedBound
+
+    torch.manual_seed(1)
+    model, guide = vae(6, 2, hidden=(5,))
+    x = (torch.rand(8, 6) < 0.5).double()
+    objective = AnnealedBound(steps).prepare(model, guide, x)(model, guide)
+    twin = copy.deepcopy(objective)
+    step = compile_step(objective, torch.optim.Adam(objective.parameters(), lr=0.01), x, backend="eager")
+    own = torch.optim.Adam(twin.parameters(), lr=0.01)
+    torch.manual_seed(0)
+    found = [step(x) for _ in range(4)]
+    torch.manual_seed(0)
+    for value in found:
+        loss = twin(x)
+        torch.testing.assert_close(loss.detach(), value)
+        own.zero_grad()
+        loss.backward()
+        own.step()
+    torch.testing.assert_close(state_of(objective), state_of(twin))
+
+
+def test_the_check_multiplies_in_full(monkeypatch):
+    """Where products of float32 may be rounded (bfloat16, TF32), the check compares without that, and restores it."""
+    seen = []
+    monkeypatch.setattr(
+        "pyro_hvae.training.compile.step.same", lambda *_: seen.append(torch.get_float32_matmul_precision())
+    )
+    monkeypatch.setattr(
+        "pyro_hvae.training.compile.step.loss_and_gradients",
+        lambda *args: seen.append(torch.get_float32_matmul_precision()) or loss_and_gradients(*args),
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        objective, optimizer = small(TraceELBO())
+        compile_step(objective, optimizer, (torch.rand(8, 6) < 0.5).double(), backend="eager")
+        assert seen[0] == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
