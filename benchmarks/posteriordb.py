@@ -24,7 +24,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoMultivariateNormal, AutoNormal, init_to_value
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from strangers import MODELS
@@ -86,7 +86,9 @@ def train(model: Program, guide: Any, steps: int, rate: float) -> None:
     objective = ph.TraceELBO(16)(model, guide)
     optimizer = torch.optim.Adam(objective.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps))
-    step = ph.compile_step(objective, optimizer, (), backend="eager")
+    # A guide of networks starts at the prior, where a recursion may explode; gradients of the others are as they are.
+    clip_norm = None if isinstance(guide, AutoGuide) else 10.0
+    step = ph.compile_step(objective, optimizer, (), backend="eager", clip_norm=clip_norm)
     for _ in range(steps):
         step()
         schedule.step()

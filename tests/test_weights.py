@@ -16,6 +16,7 @@ from pyro_hvae.weights import (
     default_chunk,
     effective_sample_size,
     good_khat,
+    joined,
     log_mean_exp,
     log_mean_exp_stderr,
     pareto_khat,
@@ -401,3 +402,19 @@ def test_numbers_that_are_no_log_weights_are_refused(statistic, bad):
         statistic(weights)
     weights[4, 1] = -torch.inf
     assert statistic(weights).isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_blocks_of_data_change_nothing(monkeypatch, dim):
+    weights = torch.randn(7, 30, 5)
+    statistics = log_mean_exp, log_mean_exp_stderr, effective_sample_size
+    whole = [statistic(weights, dim) for statistic in statistics]
+    monkeypatch.setattr("pyro_hvae.weights.means._BLOCK", 40)
+    for statistic, expected in zip(statistics, whole, strict=True):
+        torch.testing.assert_close(statistic(weights, dim), expected)
+
+
+def test_chunks_are_joined_in_their_order():
+    whole = torch.randn(10, 3)
+    assert torch.equal(joined(iter(whole.split(4)), 10), whole)
+    assert torch.equal(joined([whole], 10), whole)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pyro_hvae.arguments import check_count
 from pyro_hvae.problem import Plate, Problem, Structure, of_pair
-from pyro_hvae.weights import chunks, default_chunk, good_khat, pareto_khat
+from pyro_hvae.weights import chunks, default_chunk, good_khat, joined, pareto_khat
 
 __all__ = ["KHats", "LayerWeights", "khats", "khats_of_tree", "khats_of_weights"]
 
@@ -171,7 +171,7 @@ class LayerWeights:
                 drawn = self.problem.run(draw_enumerated=True).values
                 held = {name: value for name, value in drawn.items() if name in once}
             runs = (self.problem.run(count, held=held, draw_enumerated=True) for count in self.counts)
-            return torch.cat([run.over(plates).log_weights for run in runs])
+            return joined((run.over(plates).log_weights for run in runs), self.num_draws)
 
 
 def khats_of_weights(weights: LayerWeights, everything: Tensor, layers: Sequence[str] | None = None) -> KHats:

@@ -12,7 +12,7 @@ sampler that has the guide as its proposal (Marginal Likelihood From the Metropo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,6 +37,7 @@ from pyro_hvae.weights import (
     default_chunk,
     effective_sample_size,
     good_khat,
+    joined,
     log_mean_exp,
     log_mean_exp_stderr,
     pareto_khat,
@@ -193,15 +194,15 @@ def draw_log_weights(problem: Problem, sampling: Sampling) -> Tensor:
         )
     structure.require_whole("the evidence")
     problem.require_density("importance sampling")
-    parts = []
-    with (
-        torch.no_grad(),
-        tqdm(total=sampling.num_samples, disable=not sampling.progress, desc="log p(x)", unit="draw") as bar,
-    ):
-        for run in problem.runs(sampling.counts(problem)):
-            parts.append(run.log_weights)
-            bar.update(run.num_particles)
-    weights = torch.cat(parts)
+
+    def parts() -> Iterator[Tensor]:
+        with tqdm(total=sampling.num_samples, disable=not sampling.progress, desc="log p(x)", unit="draw") as bar:
+            for run in problem.runs(sampling.counts(problem)):
+                yield run.log_weights
+                bar.update(run.num_particles)
+
+    with torch.no_grad():
+        weights = joined(parts(), sampling.num_samples)
     check_weights(weights)
     return weights
 

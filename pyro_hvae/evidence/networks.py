@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from pyro_hvae.evidence.path import Path, State
-from pyro_hvae.nn import MLP
 
 __all__ = ["MomentumNetwork"]
 
@@ -41,11 +41,12 @@ class MomentumNetwork(nn.Module):
         self.num_steps, self.outputs = num_steps, outputs
         self.register_buffer("centre", vector.mean(dims))
         self.register_buffer("spread", vector.std(dims).clamp(min=1e-6))
-        self.net = MLP(4 * width + num_steps, outputs * width, hidden, nn.SiLU).to(vector)
-        last = self.net.layers[-1]
-        assert isinstance(last, nn.Linear)
+        widths = [4 * width + num_steps, *hidden]
+        layers = [part for left, right in pairwise(widths) for part in (nn.Linear(left, right), nn.SiLU())]
+        last = nn.Linear(widths[-1], outputs * width)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(*layers, last).to(vector)
 
     def forward(
         self, path: Path, state: State, scores: Sequence[State], momentum: State, step: int, *, held: bool = False

@@ -10,10 +10,10 @@ runs a program.
   without an assumption, :func:`variance_upper` with the :func:`relative_variance` of the weights; :func:`mean_lower`
   for the mean log-weight.
 - Checks: :func:`check_weights`.
-- Chunks of draws: :func:`chunks`, :func:`default_chunk`.
+- Chunks of draws: :func:`chunks`, :func:`default_chunk`, :func:`joined`.
 """
 
-from pyro_hvae.weights.chunks import chunks, default_chunk
+from pyro_hvae.weights.chunks import chunks, default_chunk, joined
 from pyro_hvae.weights.confidence import (
     markov_lower,
     mean_lower,
@@ -31,6 +31,7 @@ __all__ = [
     "default_chunk",
     "effective_sample_size",
     "good_khat",
+    "joined",
     "log_mean_exp",
     "log_mean_exp_stderr",
     "markov_lower",

@@ -6,11 +6,14 @@ chunks; the results do not depend on the size of a chunk, apart from the random 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral
+
+from torch import Tensor
 
 from pyro_hvae.arguments import check_count
 
-__all__ = ["chunks", "default_chunk"]
+__all__ = ["chunks", "default_chunk", "joined"]
 
 _ENTRIES = 20_000
 """Draws times entries that run at once by default."""
@@ -55,3 +58,26 @@ def default_chunk(entries_per_draw: int) -> int:
         (55, 1)
     """
     return max(1, _ENTRIES // max(1, entries_per_draw))
+
+
+def joined(parts: Iterable[Tensor], num_draws: int) -> Tensor:
+    """Put chunks of draws together as they come, so that they are never held twice.
+
+    Args:
+        parts: chunks along the first dim, ``num_draws`` in all.
+        num_draws: the number of draws.
+
+    Example:
+        >>> joined((torch.full((count,), float(count)) for count in chunks(5, 2)), 5)
+        tensor([2., 2., 2., 2., 1.])
+    """
+    iterator = iter(parts)
+    first = next(iterator)
+    if len(first) == num_draws:
+        return first
+    whole, start = first.new_empty((num_draws, *first.shape[1:])), len(first)
+    whole[:start] = first
+    for part in iterator:
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole

@@ -4,12 +4,14 @@ r"""The mean of the weights, its error, and checks.
           \mathrm{stderr} = \frac{\mathrm{sd}(w)}{\sqrt S\,\bar w}, \qquad
           \mathrm{ESS} = \frac{(\sum_s w_s)^2}{\sum_s w_s^2}.
 
-All results are computed relative to the largest weight, so large log-weights do not overflow.
+All results are computed relative to the largest weight, so large log-weights do not overflow.  Many data are taken in
+blocks, whose intermediate tensors are small beside the weights.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ __all__ = [
     "log_mean_exp_stderr",
     "unchecked_sample_size",
 ]
+
+_BLOCK = 4_000_000
+"""Weights of one block."""
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -45,7 +50,7 @@ def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
         tensor(2.)
     """
     count = count_draws(log_weights, dim, 1)
-    return log_weights.logsumexp(dim) - math.log(count)
+    return _in_blocks(torch.logsumexp, log_weights, dim) - math.log(count)
 
 
 def log_mean_exp_stderr(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -69,8 +74,12 @@ def log_mean_exp_stderr(log_weights: Tensor, dim: int = 0) -> Tensor:
     """
     count = count_draws(log_weights, dim, 2)
     _refuse_invalid(log_weights, dim)
-    deviation = torch.expm1(log_weights.log_softmax(dim) + math.log(count))  # of w / mean(w) from 1
-    return (deviation.square().sum(dim) / (count * (count - 1))).sqrt()
+
+    def error(weights: Tensor, dim: int) -> Tensor:
+        deviation = torch.expm1(weights.log_softmax(dim) + math.log(count))  # of w / mean(w) from 1
+        return (deviation.square().sum(dim) / (count * (count - 1))).sqrt()
+
+    return _in_blocks(error, log_weights, dim)
 
 
 def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -100,7 +109,20 @@ def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
 
 def unchecked_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
     """Compute :func:`effective_sample_size` without a look at values, for steps that must not wait for a device."""
-    return (-(2 * log_weights.log_softmax(dim)).logsumexp(dim)).exp().clamp(1.0, log_weights.shape[dim])
+
+    def size(weights: Tensor, dim: int) -> Tensor:
+        return (-(2 * weights.log_softmax(dim)).logsumexp(dim)).exp().clamp(1.0, weights.shape[dim])
+
+    return _in_blocks(size, log_weights, dim)
+
+
+def _in_blocks(statistic: Callable[[Tensor, int], Tensor], log_weights: Tensor, dim: int) -> Tensor:
+    """Return a statistic of each datum's weights."""
+    if log_weights.numel() <= _BLOCK or log_weights.dim() < 2:
+        return statistic(log_weights, dim)
+    draws_first = log_weights.movedim(dim, 0)
+    blocks = draws_first.flatten(1).split(max(1, _BLOCK // len(draws_first)), 1)
+    return torch.cat([statistic(block, 0) for block in blocks]).reshape(draws_first.shape[1:])
 
 
 def check_weights(log_weights: Tensor, dim: int = 0) -> None:
