@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-__all__ = ["Batch", "Feed", "IterableFeed", "TensorFeed", "as_batch", "feed", "mixed_seed", "rows_of"]
+__all__ = ["Batch", "Feed", "IterableFeed", "NoFeed", "TensorFeed", "as_batch", "feed", "mixed_seed", "rows_of"]
 
 Batch = tuple[tuple, dict[str, Any]]
 """Positional and keyword arguments of the programs."""
@@ -42,7 +42,10 @@ class Feed:
         with torch.random.fork_rng():
             for batch in self.epoch(0):
                 return batch
-        raise ValueError("the data has no batch: there is nothing to train on")
+        raise ValueError(
+            "the data has no batch: there is nothing to train on (programs that hold their data themselves, and are "
+            "called without arguments, are trained on data=())"
+        )
 
     def shard(self, rank: int, world_size: int) -> Feed:
         """Return the feed of process ``rank`` of ``world_size``: its part of each batch."""
@@ -137,6 +140,22 @@ class TensorFeed(Feed):
                     tuple(value.index_select(0, rows.to(value.device)) for value in self.args),
                     {name: value.index_select(0, rows.to(value.device)) for name, value in self.kwargs.items()},
                 )
+
+
+class NoFeed(Feed):
+    """No arguments at all, for programs that hold their data themselves; an epoch is one step, and all one datum."""
+
+    data_size = 1
+    batches = 1
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return iter([((), {})][start:])
+
+    def shard(self, rank: int, world_size: int) -> Feed:
+        raise ValueError(
+            "programs that are called without data have none to share among processes: let them take the data as "
+            "arguments, or train in one process"
+        )
 
 
 class IterableFeed(Feed):
@@ -236,14 +255,16 @@ def feed(
 
     Args:
         data: a tensor, an array (memory-mapped or not), a tuple of them (the programs' positional arguments) or a
-            mapping (their keyword arguments), all with N as leading dimension; a ``Dataset``; a ``DataLoader`` or
-            any other iterable of batches, which keeps its own batch size.
+            mapping (their keyword arguments), all with N as leading dimension; ``()`` for programs without arguments;
+            a ``Dataset``; a ``DataLoader`` or any other iterable of batches, which keeps its own batch size.
 
     Raises:
         TypeError: if it is none of these.
     """
     if isinstance(data, Feed):
         return data
+    if isinstance(data, tuple) and not data:
+        return NoFeed()
     if hasattr(data, "to_numpy") and not isinstance(data, (Tensor, np.ndarray)):
         raise TypeError(
             f"data is a {type(data).__name__}, whose rows fit() does not read: pass torch.as_tensor(data.to_numpy()), "
@@ -261,8 +282,8 @@ def feed(
     if isinstance(data, Iterable):
         return IterableFeed(data, seed=seed)
     raise TypeError(
-        f"data must be a tensor, an array, a tuple or mapping of them, a Dataset, a DataLoader or an iterable of "
-        f"batches, got {type(data).__name__}"
+        "data must be a tensor, an array, a tuple or mapping of them, a Dataset, a DataLoader or an iterable of "
+        f"batches, or () for programs without arguments, got {type(data).__name__}"
     )
 
 

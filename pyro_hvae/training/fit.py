@@ -31,7 +31,7 @@ from pyro_hvae.training.callbacks import ProgressBar, TensorBoard
 from pyro_hvae.training.compile import CompiledStep
 from pyro_hvae.training.directory import RunDirectory
 from pyro_hvae.training.distributed import Ranks, seed_rank
-from pyro_hvae.training.feed import Batch, Feed, as_batch, feed
+from pyro_hvae.training.feed import Batch, Feed, NoFeed, as_batch, feed
 from pyro_hvae.training.files import as_directory
 from pyro_hvae.training.history import History, shown
 from pyro_hvae.training.loop import Run
@@ -139,7 +139,8 @@ def fit(
             the plate of a batch) must scale a batch to N data: let it take ``data_size``, or pass ``batch_size=None``.
         data: a tensor or array (N, ...), a tuple of them (the programs' positional arguments), a mapping (their
             keyword arguments), a ``Dataset``, a ``DataLoader``, or any iterable of batches; a DataFrame for a pair
-            that reads tables (:func:`~pyro_hvae.models.table_vae`).
+            that reads tables (:func:`~pyro_hvae.models.table_vae`).  ``()`` for programs without arguments, which hold
+            their data: an epoch is then one step.
         bound: a bound or objective of this library, or an ELBO of Pyro with a ``differentiable_loss``.
         optimizer: a function from parameters to a torch optimiser, or such an optimiser; one fused Adam with
             rate 1e-3 by default.
@@ -252,7 +253,8 @@ def fit(
 
         check_data_size(data_size, whole)
         example = _example(batches, change)
-        check_batch(example)
+        if not isinstance(whole, NoFeed):
+            check_batch(example)
         size = data_size if data_size is not None else whole.data_size
         try:
             objective = PairObjective(bound, model, guide, *example, size)

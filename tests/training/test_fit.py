@@ -276,3 +276,30 @@ def test_all_data_at_once_stay_in_their_order(batch_size):
         order = torch.cat([args[0] for args, _ in whole.epoch(epoch)])
         assert torch.equal(order, x) == (batch_size is None)
         assert torch.equal(order.sort().values, x)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}])
+def test_programs_without_arguments(tmp_path, compile):
+    """They hold their data themselves: an epoch is a step, and a resumed run goes on."""
+    y = torch.randn(20) + 2.0
+
+    def model():
+        loc = pyro.sample("loc", dist.Normal(y.new_zeros(()), 5.0))
+        with pyro.plate("data", 20):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide = AutoNormal(model)
+    options = {
+        "bound": TraceELBO(16), "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.02), "seed": 0,
+        "compile": compile, "run_dir": tmp_path, "progress": False,
+    }  # fmt: skip
+    fit(model, guide, (), epochs=100, **options)
+    result = fit(model, guide, (), epochs=500, resume=True, **options)
+    assert result.steps == 500
+    precision = 20 + 1 / 25
+    assert abs(guide.median()["loc"] - y.sum() / precision) < 0.05
+    assert abs(guide.scales.loc.item() * precision**0.5 - 1) < 0.1
+    exact = dist.MultivariateNormal(torch.zeros(20), torch.eye(20) + 25.0).log_prob(y)
+    assert abs(result.history[-1]["loss"] + exact) < 0.1  # all data together are one datum
+    with pytest.raises(ValueError, match=r"trained on data=\(\)"):
+        fit(model, guide, [], bound=TraceELBO(), steps=1, progress=False)
