@@ -303,8 +303,7 @@ class Problem:
         """
         draws = run.guide_trace.copy()
         for name in run.structure.drawn:
-            node = {key: value for key, value in draws.nodes[name].items() if "log_prob" not in key}
-            draws.nodes[name] = {**node, "value": self.place(name, values[name], run.num_particles)}
+            draws.nodes[name] = {**draws.nodes[name], "value": self.place(name, values[name], run.num_particles)}
         model_trace, guide_trace = run.call.traces(draws, settled=True)
         actual = self._recognise(run.structure, model_trace, guide_trace)
         if actual is run.structure or actual.laid_out_as(run.structure):

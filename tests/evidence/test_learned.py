@@ -206,6 +206,44 @@ def test_gradients_of_networks_are_those_of_the_mean():
         assert abs(float(slope) - (above - below) / (2 * h)) < 0.02, way
 
 
+def test_network_of_the_momenta():
+    """It starts at zero, differs from step to step, sees the state, and can be held."""
+    from pyro_hvae import Problem
+    from pyro_hvae.evidence.networks import MomentumNetwork
+    from pyro_hvae.evidence.path import Path
+
+    x = torch.tensor([0.0, 2.0])
+    path = Path(Problem(conjugate.model, conjugate.guide())(x), 6)
+    network = MomentumNetwork(path, 3, 2, (8,))
+    state = {"z": path.start()["z"].requires_grad_()}
+    scores = [{"z": torch.randn(6, 2)} for _ in range(2)]
+    assert all(not found["z"].any() for found in network(path, state, scores, {}, 0))
+    disturb(network)
+    shift, change = (found["z"] for found in network(path, state, scores, {}, 0))
+    assert shift.shape == change.shape == (6, 2)
+    assert change.abs().max() < 3
+    assert not torch.allclose(network(path, state, scores, {}, 2)[0]["z"], shift)
+    assert not torch.allclose(network(path, state, scores, {"z": torch.ones(6, 2)}, 0)[0]["z"], shift)
+    held = network(path, state, scores, {}, 0, held=True)[0]["z"]
+    torch.testing.assert_close(held, shift)
+    found = torch.autograd.grad(held.sum(), [state["z"], *network.parameters()], allow_unused=True)
+    assert found[0].abs().max() > 0
+    assert all(gradient is None for gradient in found[1:])
+
+
+def test_networks_change_the_spread_of_the_backward_chain():
+    from pyro_hvae import Problem
+    from pyro_hvae.evidence.path import Path
+
+    x = torch.tensor([0.0, 2.0])
+    pair = conjugate.model, conjugate.guide()
+    bound = disturb(AnnealedBound(2, hidden=(8,)).prepare(*pair, x))
+    path = Path(Problem(*pair)(x), 6)
+    here = bound.kernels.point(path, path.start())
+    _, log_sd = bound.kernels._backward_mean(path, here, 2, None)
+    assert log_sd["z"].std() > 0
+
+
 def test_networks_join_gaussians_of_other_axes():
     """Two steps of coordinates' own corrections can't turn the axes; with networks little is left."""
 

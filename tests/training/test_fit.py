@@ -301,5 +301,7 @@ def test_programs_without_arguments(tmp_path, compile):
     assert abs(guide.scales.loc.item() * precision**0.5 - 1) < 0.1
     exact = dist.MultivariateNormal(torch.zeros(20), torch.eye(20) + 25.0).log_prob(y)
     assert abs(result.history[-1]["loss"] + exact) < 0.1  # all data together are one datum
+    assert list(feed((), batch_size=None).epoch(3)) == [((), {})]
+    assert not list(feed((), batch_size=None).epoch(3, 1))  # a resumed epoch that was complete
     with pytest.raises(ValueError, match=r"trained on data=\(\)"):
         fit(model, guide, [], bound=TraceELBO(), steps=1, progress=False)
