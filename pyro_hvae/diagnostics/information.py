@@ -35,6 +35,9 @@ COLLAPSED_INFORMATION = 0.05
 """Nats of I_q(x; z) below which a layer without active units counts as collapsed; a choice of this library."""
 
 _PARENTS = 256
+_POINTS = 1000
+"""Data at whose draws the mixtures over all data are evaluated; of more, so many at equal distances."""
+
 _ENTRIES_AT_ONCE = 2**22
 
 
@@ -43,8 +46,9 @@ def layers(problem: Problem, *, num_draws: int = 16, threshold: float = ACTIVE_T
     r"""Compute term, information and active units of each layer of latents.
 
     Args:
-        model, guide: Pyro programs, called with ``args`` and ``kwargs``; some hundred data are enough, and the cost
-            grows with the square of their number.
+        model, guide: Pyro programs, called with ``args`` and ``kwargs``; some hundred data are enough.  The cost grows
+            with the square of their number up to 1000 of them, and linearly from there on: divergences are then
+            averages over 1000 of the data.
         num_draws: S >= 2 draws of the guide for each datum.
         threshold: variance of a posterior mean above which a unit is active.
 
@@ -77,7 +81,8 @@ def layers(problem: Problem, *, num_draws: int = 16, threshold: float = ACTIVE_T
         rows: dict[str, list[Any]] = {"mutual_information": [], "aggregate_kl": []}
         for name, layer in layers_of.items():
             aggregate = layer.aggregate_density()
-            rows["mutual_information"].append(float((separate.own_density(name) - aggregate).mean()))
+            own = separate.own_density(name)[layer.chosen]
+            rows["mutual_information"].append(float((own - aggregate).mean()))
             rows["aggregate_kl"].append(float((aggregate - layer.mixture(prior)).mean()))
     rows["term"] = [_term(terms, name) for name in names]
     rows["analytic"] = [f"kl_{name}" in terms for name in names]
@@ -125,6 +130,8 @@ class _Layer:
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name
         self.points = by_datum(run, name, run.values[name])[0]  # (N, *inner plates, *event)
+        count = len(self.points)
+        self.chosen = torch.linspace(0, count - 1, min(count, _POINTS), dtype=torch.float64).round().long()
         self.event_dim = run.guide_trace.nodes[name]["fn"].event_dim
         self.data = {plate.dim for plate in run.plates}
         self.sizes = tuple(plate.size for plate in run.plates)
@@ -134,25 +141,28 @@ class _Layer:
         return len(self.points)
 
     def aggregate_density(self) -> Tensor:
-        """Return log q(z) of each point, (N,)."""
-        parts = self.densities(self.run)
-        if not bool((parts.diff(dim=1).abs() < 1e-12).all()):
-            parts = parts[:, 1:]  # without the component that drew the point
-        return log_mean_exp(parts.flatten(1), 1)
+        """Return log q(z) of the chosen points, without the components that drew them."""
+        return self._mixture(self.run, drop=1)
 
     def mixture(self, run: Run) -> Tensor:
-        """Return the log of each point's mean density over the draws and data of a run, (N,)."""
-        return log_mean_exp(self.densities(run).flatten(1), 1)
+        """Return the log of the chosen points' mean density over the draws and data of a run."""
+        return self._mixture(run, drop=0)
+
+    def _mixture(self, run: Run, *, drop: int) -> Tensor:
+        """Return the log of the mean density, a few points at a time; ``drop`` first draws where draws matter."""
+        points = self.points[self.chosen.to(self.points.device)]
+        width = max(1, _ENTRIES_AT_ONCE // (run.num_particles * self.points.numel()))  # all data are components
+        means = []
+        for part in points.split(width):
+            densities = self._per_datum(run, self._placed(part, run, own=False))  # (points, K, N)
+            if drop and not bool((densities.diff(dim=1).abs() < 1e-12).all()):
+                densities = densities[:, drop:]
+            means.append(log_mean_exp(densities.flatten(1), 1))
+        return torch.cat(means)
 
     def own_densities(self, run: Run) -> Tensor:
         """Return the log-density of each datum's own point at the draws of a run, (K, N)."""
         return self._per_datum(run, self._placed(self.points[None], run, own=True))[0]
-
-    def densities(self, run: Run) -> Tensor:
-        """Return the log-density of every point under every component of a run: (points, K, N)."""
-        width = max(1, _ENTRIES_AT_ONCE // (run.num_particles * self.points.numel()))
-        placed = (self._placed(part, run, own=False) for part in self.points.split(width))
-        return torch.cat([self._per_datum(run, points) for points in placed])
 
     def _placed(self, points: Tensor, run: Run, *, own: bool) -> Tensor:
         """Reshape points to the dims of the run's plates, ``(P, 1, dims, *event)``; each datum's own, or one."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyro_hvae as ph
+from pyro_hvae import conjugate
 from pyro_hvae.diagnostics import layers
 
 N = 1500
@@ -80,3 +81,16 @@ def test_the_chain_of_an_image_model():
     assert bool((found.mutual_information > -0.2).all())
     with pytest.raises(ValueError, match="num_draws must be at least 2"):
         layers(model, guide, torch.zeros(30, 20), num_draws=1)
+
+
+def test_many_data_are_looked_at_through_some(monkeypatch):
+    """Divergences are averages over so many of the data, against the mixture over all of them."""
+    x = 1.4 * torch.randn(1500)
+    problem = ph.Problem(conjugate.model, conjugate.guide())(x)
+    some = layers(problem)
+    assert some.attrs["num_data"] == 1500
+    monkeypatch.setattr("pyro_hvae.diagnostics.information._POINTS", 1500)
+    everything = layers(problem)
+    for name in ("mutual_information", "aggregate_kl"):
+        assert abs(float(some[name].sel(layer="z") - everything[name].sel(layer="z"))) < 0.05
+    assert abs(float(some.mutual_information.sel(layer="z")) - 0.5 * math.log(2)) < 0.05  # x and z are Gaussian
