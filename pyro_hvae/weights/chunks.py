@@ -68,6 +68,7 @@ def joined(parts: Iterable[Tensor], num_draws: int) -> Tensor:
         num_draws: the number of draws.
 
     Example:
+        >>> import torch
         >>> joined((torch.full((count,), float(count)) for count in chunks(5, 2)), 5)
         tensor([2., 2., 2., 2., 1.])
     """
