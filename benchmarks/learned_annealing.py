@@ -5,7 +5,8 @@
 
 The width is that of the bracket: the mean log-weight of reverse chains from posterior draws, less that of forward
 chains, nats.  Both start from the same mean-field guide, trained by its ELBO and then held; each chain has the same
-number of evaluations of the gradients of guide and model (training and pilots not counted).  Tuned annealing has one,
+number of leapfrog evaluations of the gradients of guide and model (training and pilots not counted; learned chains have
+one more at their start, tuned ones a density at each temperature).  Tuned annealing has one,
 three or five leapfrog steps a move, and of these the best is shown.  The two take turns, ``--rounds`` times; medians.
 
 FOLDER has posteriordb's files as for ``posteriordb.py``; the posterior's draws are then those of long annealing (200
