@@ -2,7 +2,7 @@
 
     python benchmarks/burda.py --data DIR [--layers 1] [--k 1] [--bound iwelbo] [--stages 8] [--batch 20]
     python benchmarks/burda.py --data DIR --recipe EPOCHS [--rate 2e-3] [--hold EPOCHS] [--start RUN] [--bfloat16]
-                               [--layers 1] [--k 1] [--batch 100]
+                               [--layers 1] [--k 1] [--batch 100] [--pair NAME]
 
 Images are binarised at random whenever they are used.  L=1: 784-200-200-50; L=2: 784-200-200-100-100-100-50, decoders
 reversed, tanh, Xavier's weights, output biases at the logits of the mean image (clipped to [.001, .999]).  Adam with
@@ -16,6 +16,10 @@ measured, after 1, 3, 10, 30, ... epochs and at the end.  ``--start`` goes on fr
 so that cells with more draws share the epochs with few: hold the rate of the first.  ``cpu_seconds`` is the processor
 time of training over all threads, with that of the run it started from.  ``--bfloat16`` multiplies matrices in
 bfloat16 while training, where the processor can; everything is evaluated in float32.
+
+``--pair`` is another pair with the latents of L=2, 100 and 50, for the question how far one comes with them: ``wide``
+(hidden layers of 500-500 and 250-250, SiLU), ``flow`` (the same with a flow as the prior of the upper latent), ``vamp``
+(with a mixture of 500 posteriors there) and ``ladder`` (with a guide that runs top-down).
 
 A run is kept under ``--out`` and goes on there bit for bit when the command is given again, with more stages if asked.
 
@@ -56,9 +60,20 @@ BOUNDS = {
 }
 
 
-def pair(layers: int, mean: Tensor) -> tuple[ph.TopDown, ph.BottomUp]:
-    """Model and guide at their start."""
-    if layers == 1:
+WIDE = {"hidden": [[500, 500], [250, 250]], "activation": "silu"}
+PAIRS = {
+    "wide": lambda: ph.hvae(784, [100, 50], **WIDE),
+    "flow": lambda: ph.hvae(784, [100, 50], prior="flow", **WIDE),
+    "vamp": lambda: ph.hvae(784, [100, 50], prior="vamp", num_components=500, **WIDE),
+    "ladder": lambda: ph.ladder_vae(784, [100, 50], **WIDE),
+}
+
+
+def pair(layers: int, mean: Tensor, name: str = "") -> tuple[ph.TopDown, ph.BottomUp]:
+    """Model and guide at their start: those of the authors, or one of ``PAIRS``."""
+    if name:
+        model, guide = PAIRS[name]()
+    elif layers == 1:
         model, guide = ph.vae(784, 50, scale="exp")
     else:
         model, guide = ph.hvae(784, [100, 50], hidden=[[200, 200], [100, 100]], scale="exp")
@@ -152,7 +167,7 @@ def row(looks: Looks, model: object, guide: object, epochs: int, images: Tensor,
     published = PUBLISHED.get((options.layers, options.k), (float("nan"),) * 2)[options.bound != "elbo"]
     found = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "layers": options.layers, "k": options.k, "bound": options.bound, "batch": options.batch,
+        "layers": options.layers, "pair": options.pair, "k": options.k, "bound": options.bound, "batch": options.batch,
         "seed": options.seed, "recipe": options.recipe or "", "rate": options.rate,
         "before": looks.history.rstrip(", "), "epochs": epochs,
         "train_seconds": round(looks.seconds), "cpu_seconds": round(looks.cpu_seconds),
@@ -161,7 +176,7 @@ def row(looks: Looks, model: object, guide: object, epochs: int, images: Tensor,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "pyro": pyro.__version__,
         "pyro_hvae": ph.__version__, "command": " ".join(["python benchmarks/burda.py", *sys.argv[1:]]),
     }  # fmt: skip
-    print("  ".join(f"{key} {value}" for key, value in list(found.items())[1:18]), flush=True)
+    print("  ".join(f"{key} {value}" for key, value in list(found.items())[1:19]), flush=True)
     print(f"  evaluated in {time.perf_counter() - start:.0f} s", flush=True)
     if options.csv is not None:
         fresh = not options.csv.exists()
@@ -187,6 +202,7 @@ def main() -> None:
     parser.add_argument("--hold", type=int, default=0, metavar="EPOCHS", help="before the rate of a recipe falls")
     parser.add_argument("--start", type=Path, default=None, metavar="RUN", help="folder of the run to go on from")
     parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16 while training")
+    parser.add_argument("--pair", default="", choices=list(PAIRS), help="another pair than the authors'")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--images", type=int, default=1000, help="test images looked at when training is over")
     parser.add_argument("--seed", type=int, default=0)
@@ -195,18 +211,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.recipe is not None and options.recipe < 1:
         parser.error(f"--recipe takes a number of epochs of at least 1, got {options.recipe}")
+    if options.pair:
+        options.layers = 2
     if options.start is not None and not (options.recipe and (options.start / SPENT).exists()):
         parser.error(f"--start takes the folder of a --recipe run that has ended, got {options.start}")
 
     train, test = (getattr(idx_folder(options.data), part) for part in ("train", "test"))
     torch.manual_seed(options.seed)
-    model, guide = pair(options.layers, train.mean(0))
+    model, guide = pair(options.layers, train.mean(0), options.pair)
     if options.start is not None:
         ph.load(options.start, programs=(model, guide))
     torch.set_float32_matmul_precision("medium" if options.bfloat16 else "highest")
     schedule = Schedule(options, len(train))
     looks = Looks(options, schedule.ends, test)
-    name = f"L{options.layers}-k{options.k}-{options.bound}-b{options.batch}-s{options.seed}"
+    name = f"{options.pair or f'L{options.layers}'}-k{options.k}-{options.bound}-b{options.batch}-s{options.seed}"
     if options.recipe:
         name += f"-recipe{options.recipe}-r{options.rate:g}" + (f"-h{options.hold}" if options.hold else "")
     if options.start is not None:

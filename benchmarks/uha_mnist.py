@@ -1,15 +1,17 @@
 """Annealing that is trained, on MNIST, beside the figures of uncorrected Hamiltonian annealing (UHA).
 
-    python benchmarks/uha_mnist.py [--data DIR] [--k 1 8 16] [--epochs 100] [--rate 1e-4] [--first-epochs 400]
-                                   [--correction] [--bfloat16] [--runs DIR] [--resume] [--short] [--csv FILE]
+    python benchmarks/uha_mnist.py [--data DIR] [--k 1 8 16] [--epochs 40 60 80] [--rate 3e-4]
+                                   [--first-epochs 300] [--correction] [--bfloat16] [--runs DIR] [--resume] [--short]
+                                   [--csv FILE] [--curve FILE]
 
 The networks of the paper: one hidden layer of 450 ReLU in encoder and decoder, 64 latents; images are drawn anew from
 their grey values whenever they are used, the test images once, by a seed of their own.  A VAE is trained by its ELBO
-(``--first-epochs``, Adam at 1e-3 by a cosine).  From there, for each K, all of it is trained on ``AnnealedBound(K)``
-(``--epochs``, Adam at ``--rate``, by a cosine too; ``--correction`` for momenta that are corrected by the scores, which
-UHA has not); K = 1 is one Hamiltonian step, and stands beside the ELBO.  Reported are the bound on all test images, one
-draw each, and log p(x) of the first ``--images`` by annealing.  ``--bfloat16`` multiplies matrices in bfloat16 while
-training, where the processor can; everything is evaluated in float32.
+(``--first-epochs``, Adam at 1e-3 by a cosine).  From there all of it is trained on ``AnnealedBound(K)`` for one K after
+the other, each from the networks of the one before (``--epochs`` of each, Adam at ``--rate``, by a cosine too;
+``--correction`` for momenta that are corrected by the scores, which UHA has not).  Reported are the bound on all test
+images, one draw each, and log p(x) of the first ``--images`` by annealing; ``--curve FILE`` keeps the bound on the
+first 1000 after every fifth epoch, with the processor hours until then.  ``--bfloat16`` multiplies matrices in bfloat16
+while training, where the processor can; everything is evaluated in float32.
 
 A run is kept under ``--runs`` and goes on there with ``--resume``.
 
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Iterator
@@ -50,7 +51,41 @@ def pair() -> tuple[Any, Any]:
     return model, ph.BottomUp(z1=ph.Gaussian(relu(PIXELS, 2 * LATENT)))
 
 
-def trained(model: Any, guide: Any, bound: Any, data: Tensor, rate: float, epochs: int, run: Path, resume: bool) -> Any:
+class Curve:
+    """The bound on some test images after every fifth epoch, with the processor seconds of training until then."""
+
+    def __init__(self, k: int, bound: Any, x: Tensor) -> None:
+        self.k, self.bound, self.x = k, bound, x
+        self.rows: list[dict[str, object]] = []
+        self.seconds, self.since = 0.0, time.process_time()
+
+    def count(self) -> float:
+        now = time.process_time()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        return self.seconds
+
+    def on_epoch(self, run: ph.training.Run) -> None:
+        if run.epoch % 5:
+            return
+        hours = self.count() / 3600
+        with products(bfloat16=False), run.averages.applied():
+            value = mean(self.bound, run.model, run.guide, self.x).mean()
+        self.rows.append({"K": self.k, "epoch": run.epoch, "hours": f"{hours:.3f}", "bound": f"{value:.2f}"})
+        print(f"  K = {self.k}, {run.epoch} epochs, {hours:.2f} hours: {value:.2f}", flush=True)
+        self.since = time.process_time()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.count(), "rows": list(self.rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self.rows, self.since = state["seconds"], state["rows"], time.process_time()
+
+
+def trained(
+    pair: tuple[Any, Any], bound: Any, data: Tensor, rate: float, epochs: int, run: Path, resume: bool, *calls: Any
+) -> Any:
+    """Train on a bound, with averages of the weights; the run is kept, and goes on."""
+    model, guide = pair
     return ph.fit(
         model, guide, data, bound=bound, epochs=epochs, batch_size=100, transform=binarize, seed=0, ema=0.999,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=rate),
@@ -58,22 +93,23 @@ def trained(model: Any, guide: Any, bound: Any, data: Tensor, rate: float, epoch
             optimizer, epochs * math.ceil(len(data) / 100)
         ),
         run_dir=run, resume=resume and run.exists(), checkpoint_every=600, log_every=600, terms_every=10**9,
-        compile=True, progress=False,
+        callbacks=calls, compile=True, progress=False,
     )  # fmt: skip
 
 
 @contextlib.contextmanager
 def products(bfloat16: bool) -> Iterator[None]:
-    """Multiply matrices of float32 in bfloat16."""
+    """Multiply matrices of float32 in bfloat16, or not."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if bfloat16 else "highest")
     yield
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(before)
 
 
 def mean(bound: Any, model: Any, guide: Any, x: Tensor) -> Tensor:
     """The bound of each image, one draw for it."""
-    torch.manual_seed(1)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
         return torch.cat([bound.per_datum(model, guide, part) for part in x.split(100)])
 
 
@@ -84,27 +120,32 @@ def log_evidence(model: Any, guide: Any, x: Tensor, betas: int) -> Tensor:
     return torch.cat([weights.logsumexp(0) - math.log(4) for weights in parts])
 
 
-def scored(k: int, start: tuple[Any, Any], data: Tensor, x: Tensor, options: argparse.Namespace) -> dict[str, object]:
-    model, guide = copy.deepcopy(start)
-    began = time.process_time()
+def scored(
+    k: int, epochs: int, pair: tuple[Any, Any], data: Tensor, x: Tensor, options: argparse.Namespace
+) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """Train a pair on, in its place; return its figures and its curve."""
     bound = ph.AnnealedBound(k, correction=options.correction)
-    name = f"k{k}-corrected" if options.correction else f"k{k}"
+    name, curve = f"k{k}-corrected" if options.correction else f"k{k}", Curve(k, bound, x[:1000])
     with products(options.bfloat16):
-        result = trained(model, guide, bound, data, options.rate, options.epochs, options.runs / name, options.resume)
+        result = trained(pair, bound, data, options.rate, epochs, options.runs / name, options.resume, curve)
+    hours = curve.count() / 3600
     with result.averages.applied():
-        return row(k, bound, model, guide, x, began, options)
+        found = row(k, epochs, bound, *pair, x, hours, options)
+    ph.load(options.runs / name, programs=pair, ema=True)  # the next K goes on from the averages
+    return found, curve.rows
 
 
-def row(k: int, bound: Any, model: Any, guide: Any, x: Tensor, began: float, options: Any) -> dict[str, object]:
+def row(
+    k: int, epochs: int, bound: Any, model: Any, guide: Any, x: Tensor, hours: float, options: Any
+) -> dict[str, object]:
     """Return the figures of a trained pair."""
-    hours = (time.process_time() - began) / 3600
     value = mean(bound, model, guide, x)
     evidence = log_evidence(model, guide, x[: options.images], 20 if options.short else 500)
     elbo, log_p = PUBLISHED.get(k, ("", ""))
     return {
         "K": k,
         "corrected": "yes" if options.correction else "no",
-        "epochs": options.epochs,
+        "epochs": epochs,
         "rate": options.rate,
         "processor hours": f"{hours:.2f}",
         "test bound": f"{value.mean():.2f}",
@@ -120,9 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data" / "mnist")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--first-epochs", type=int, default=400)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[40, 60, 80], help="for each K")
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--first-epochs", type=int, default=300)
     parser.add_argument("--correction", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--images", type=int, default=500, help="test images whose log p(x) is estimated")
@@ -130,25 +171,32 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--short", action="store_true", help="one epoch of few images")
     parser.add_argument("--csv", default=None)
+    parser.add_argument("--curve", default=None)
     options = parser.parse_args()
+    if len(options.epochs) != len(options.k):
+        parser.error(f"--epochs takes a number for each of {len(options.k)} K, got {options.epochs}")
     torch.set_num_threads(1)
     split = idx_folder(options.data)
     data, x = split.train, binarize(split.test, generator=torch.Generator().manual_seed(0))
     if options.short:
-        data, x, options.epochs, options.first_epochs, options.images = data[:500], x[:200], 1, 1, 50
+        data, x, options.first_epochs, options.images = data[:500], x[:200], 1, 50
+        options.epochs = [5] * len(options.k)
     model, guide = pair()
-    elbo = ph.LayerwiseELBO()
     with products(options.bfloat16):
-        trained(model, guide, elbo, data, 1e-3, options.first_epochs, options.runs / "elbo", options.resume)
-    ph.load(options.runs / "elbo", programs=(model, guide), ema=True)
+        start = options.runs / "elbo"
+        trained((model, guide), ph.LayerwiseELBO(), data, 1e-3, options.first_epochs, start, options.resume)
+    ph.load(start, programs=(model, guide), ema=True)
     value = mean(ph.TraceELBO(), model, guide, x)
     print(f"ELBO of the start: {value.mean():.2f} +- {value.std() / len(value) ** 0.5:.2f}", flush=True)
-    rows = []
-    for k in options.k:
-        rows.append(scored(k, (model, guide), data, x, options))
-        print("  ".join(f"{name}: {value}" for name, value in rows[-1].items()), flush=True)
+    rows, curves = [], []
+    for k, epochs in zip(options.k, options.epochs, strict=True):
+        found, curve = scored(k, epochs, (model, guide), data, x, options)
+        rows.append(found)
+        curves += curve
+        print("  ".join(f"{name}: {value}" for name, value in found.items()), flush=True)
+        write(options.csv, rows)
+        write(options.curve, curves)
     print("\n" + show(rows))
-    write(options.csv, rows)
 
 
 if __name__ == "__main__":
