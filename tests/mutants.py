@@ -27,6 +27,17 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("diagnostics/calibration.py", "self.ties += (draws == self.true).sum(0)", "pass",
+     "tests/diagnostics/test_calibration.py"),
+    ("diagnostics/calibration.py", "self.draws[name][start : start + len(part)] = part",
+     "self.draws[name][: len(part)] = part", "tests/diagnostics/test_calibration.py"),
+    ("diagnostics/layers.py", "self.squares + squares + shift**2 * (self.count * len(part) / total)",
+     "self.squares + squares", "tests/diagnostics/test_layers.py"),
+    ("diagnostics/information.py", "run.num_particles * self.points.numel()))", "run.num_particles * points.numel()))",
+     "tests/diagnostics/test_information.py"),
+    ("training/compile/program.py", "if library is None or library in removed:", "if True:", f"{C}/test_passes.py"),
+    ("training/compile/program.py", 'library.suffix == ".so" and library.is_relative_to(cache_dir())', "True",
+     f"{C}/test_passes.py"),
     ("evidence/path.py", "if devices.has_values(lost) and bool(lost.any()):", "if bool(lost.any()):",
      "tests/test_meta.py"),
     ("bounds/particles.py", "torch.where(chosen, log_weights.new_zeros(()), log_weights)",

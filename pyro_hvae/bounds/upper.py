@@ -26,6 +26,7 @@ from pyro_hvae.bounds.base import Estimate, Evaluable, Evaluation
 from pyro_hvae.bounds.importance import IWELBO
 from pyro_hvae.bounds.weighted import softmax_of, weighted_mean
 from pyro_hvae.problem import Problem, Run, problem_of
+from pyro_hvae.problem.draws import count_draws
 from pyro_hvae.problem.isolation import RUNNING, evaluating, kept_buffers, kept_generators
 from pyro_hvae.problem.parameters import frozen, param_sites
 from pyro_hvae.weights.means import unchecked_sample_size
@@ -176,4 +177,4 @@ class EUBO(_FromAbove):
         """
         with torch.no_grad():
             problem = problem_of(model, guide, args, kwargs)
-            return problem.run(problem.count_draws(samples), samples).log_weights.mean(0)
+            return problem.run(count_draws(problem, samples), samples).log_weights.mean(0)

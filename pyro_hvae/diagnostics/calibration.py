@@ -37,6 +37,12 @@ __all__ = ["JOINT", "Calibration", "calibrate"]
 JOINT = ("log_joint", "log_q", "tarp")
 """Test quantities of all latents of a datum together."""
 
+_DENSITIES = {"log_joint": "log_p", "log_q": "log_q"}
+"""Attributes of a run by the name of the quantity."""
+
+_ENTRIES = 4_000_000
+"""Numbers that are compared at once."""
+
 Quantity = Callable[[Mapping[str, Tensor], tuple], Tensor]
 
 
@@ -201,6 +207,8 @@ def calibrate(
 class _Ranks:
     """Ranks of the truths of one simulated data set among the guide's draws: ``(data, *event)``.
 
+    Of the guide's runs the draws alone are kept, and everything else is counted run by run.
+
     Args:
         problem: the pair, with the simulated data and the guide to test.
         prior: the model with its prior as the guide; it gives log p where the guide draws sites of its own.
@@ -214,20 +222,31 @@ class _Ranks:
         self.opaque = bool(problem.structure.auxiliary)
         evaluated = prior(*problem.args, **problem.kwargs) if self.opaque else problem
         values = {name: truths[name] for name in evaluated.structure.drawn if name in truths}
-        self.at_truth = evaluated.run(1, values, draw_enumerated=True)
-        self.runs = list(draw_runs(problem, num_draws))
-        self.plates = self.runs[0].plates
-        self.latent = self.runs[0].structure.latent
-        self.truths = {name: self._laid_out(name, truths[name], Layout(self._nesting, 1))[0] for name in self.latent}
-        self.draws = {
-            name: torch.cat([self._laid_out(name, run.values[name], run.layout) for run in self.runs])
-            for name in self.latent
-        }
-        self.size = len(self.truths[self.latent[0]]) if self.latent else 1
+        at_truth = evaluated.run(1, values, draw_enumerated=True)
+        self.draws: dict[str, Tensor] = {}
+        self.densities: dict[str, _Rank] = {}
+        start = 0
+        for run in draw_runs(problem, num_draws):
+            if not start:
+                self._begin(run, at_truth, truths)
+            for name in self.latent:
+                part = self._laid_out(name, run.values[name], run.layout)
+                if name not in self.draws:
+                    self.draws[name] = part.new_empty(num_draws, *part.shape[1:])
+                self.draws[name][start : start + len(part)] = part
+            for label, rank in self.densities.items():
+                rank.add(self._per_datum(run, _DENSITIES[label]))
+            start += run.num_particles
 
-    @property
-    def _nesting(self) -> int:
-        return self.runs[0].structure.max_plate_nesting
+    def _begin(self, run: Run, at_truth: Run, truths: Mapping[str, Tensor]) -> None:
+        """Read the structure from the first run, and lay out the truths by it."""
+        self.plates, self.latent = run.plates, run.structure.latent
+        self._nesting = run.structure.max_plate_nesting
+        self.truths = {name: self._laid_out(name, truths[name], Layout(self._nesting, 1))[0] for name in self.latent}
+        self.size = len(self.truths[self.latent[0]]) if self.latent else 1
+        for label, attribute in _DENSITIES.items():
+            if label != "log_q" or not self.opaque:
+                self.densities[label] = _Rank(self._per_datum(at_truth, attribute)[0])
 
     def _laid_out(self, name: str, value: Tensor, layout: Layout) -> Tensor:
         """Reshape a value of a site to ``(K, data, *other plates, *event)``."""
@@ -236,37 +255,38 @@ class _Ranks:
         placed = layout.put(value, plates, value.shape[value.dim() - event_dim :])
         return data_first(placed, plates, self.plates)
 
+    def _per_datum(self, run: Run, attribute: str) -> Tensor:
+        run = run.over(self.plates)
+        return run.shaped(total(getattr(run, attribute))).reshape(run.num_particles, -1)
+
     def of_latents(self) -> dict[str, Tensor]:
         return {name: _rank(self.truths[name], self.draws[name]) for name in self.latent}
 
     def of_densities(self) -> dict[str, Tensor]:
         """Return the ranks of log p(x, z) and, where it has a closed form, of log q(z|x)."""
-        names = {"log_joint": "log_p"} | ({} if self.opaque else {"log_q": "log_q"})
-        ranks = {}
-        for label, attribute in names.items():
-            true, *many = (self._per_datum(run, attribute) for run in (self.at_truth, *self.runs))
-            ranks[label] = _rank(true[0], torch.cat(many))
-        return ranks
-
-    def _per_datum(self, run: Run, attribute: str) -> Tensor:
-        run = run.over(self.plates)
-        return run.shaped(total(getattr(run, attribute))).reshape(run.num_particles, -1)
+        return {label: rank.drawn() for label, rank in self.densities.items()}
 
     def of_distances(self) -> Tensor:
         """Return the ranks of the distance to a draw of the prior, each coordinate scaled by the sd of truth and draws.
 
         The truth counts in the sd as each draw does, since the rank is uniform only if they are exchangeable.
         """
-        points = self.problem.released()
-        distances: Any = 0.0
+        released, points = self.problem.released(), {}
         for name, true in self.truths.items():
-            together = torch.cat([true[None], self.draws[name]]).to(torch.get_default_dtype())
-            together = together.reshape(*together.shape[:2], -1)
-            point = self._laid_out(name, points.nodes[name]["value"], Layout(self._nesting, 1))
-            point = point.to(together).reshape(1, *together.shape[1:])
-            scale = together.std(0).clamp(min=torch.finfo(together.dtype).tiny ** 0.25)
-            distances = distances + (((together - point) / scale) ** 2).sum(-1)
-        return _rank(distances[0], distances[1:])
+            point = self._laid_out(name, released.nodes[name]["value"], Layout(self._nesting, 1))
+            points[name] = point.reshape(true.shape)
+        entries = sum(true[0].numel() for true in self.truths.values())
+        ranks = []
+        for data in torch.arange(self.size).split(_block(self.num_draws * max(1, entries))):
+            distances: Any = 0.0
+            for name, true in self.truths.items():
+                together = torch.cat([true[data][None], self.draws[name][:, data]]).to(torch.get_default_dtype())
+                together = together.reshape(*together.shape[:2], -1)
+                point = points[name][data].to(together).reshape(1, *together.shape[1:])
+                scale = together.std(0).clamp(min=torch.finfo(together.dtype).tiny ** 0.25)
+                distances = distances + (((together - point) / scale) ** 2).sum(-1)
+            ranks.append(_rank(distances[0], distances[1:]))
+        return torch.cat(ranks)
 
     def of_quantities(self, quantities: Mapping[str, Quantity], taken: set[str]) -> dict[str, Tensor]:
         ranks = {}
@@ -284,11 +304,34 @@ class _Ranks:
         return ranks
 
 
+class _Rank:
+    """Count the draws below a truth, as they come."""
+
+    def __init__(self, true: Tensor) -> None:
+        self.true = true
+        self.below = torch.zeros(true.shape, dtype=torch.long, device=true.device)
+        self.ties = torch.zeros_like(self.below)
+
+    def add(self, draws: Tensor) -> None:
+        self.below += (draws < self.true).sum(0)
+        self.ties += (draws == self.true).sum(0)
+
+    def drawn(self) -> Tensor:
+        """Return the rank, with ties broken at random."""
+        share = torch.rand(self.ties.shape, device=self.ties.device)
+        return self.below + (share * (self.ties + 1)).floor().to(self.below.dtype)
+
+
 def _rank(true: Tensor, draws: Tensor) -> Tensor:
-    """Count the draws below, with ties broken at random."""
-    below = (draws < true).sum(0)
-    ties = (draws == true).sum(0)
-    return below + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).floor().to(below.dtype)
+    rank = _Rank(true)
+    for part in draws.split(_block(true.numel())):
+        rank.add(part)
+    return rank.drawn()
+
+
+def _block(entries: int) -> int:
+    """Return how many times so many entries are held at once."""
+    return max(1, _ENTRIES // max(1, entries))
 
 
 def _in_words(name: str, test: Uniformity, level: float) -> str:

@@ -175,7 +175,7 @@ def _chain(tree: Any) -> Any:
     import xarray as xr
 
     groups = {name: node.to_dataset() for name, node in tree.children.items()}
-    first = {name: data.isel(chain=[0]) if "chain" in data.dims else data for name, data in groups.items()}
+    first = {name: data.isel(chain=slice(1)) if "chain" in data.dims else data for name, data in groups.items()}
     chain = xr.DataTree.from_dict(first)
     chain.attrs = dict(tree.attrs)
     return chain
@@ -225,7 +225,7 @@ def _weights(tree: Any, numbers: Numbers, problem: Problem | None) -> list[Findi
         hats = khats_of_weights(LayerWeights(problem, len(log_weight)), log_weight)
     else:
         hats = khats_of_tree(tree)
-    ess = effective_sample_size(log_weight.double())
+    ess = effective_sample_size(log_weight).double()
     numbers["khat"] = hats.to_dataset()
     numbers["elbo"], numbers["ess"] = float(log_weight.mean()), ess
     findings = word.khat_findings(hats) + word.ess_findings(ess.numpy(), len(log_weight))

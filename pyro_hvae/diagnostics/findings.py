@@ -54,14 +54,14 @@ def finite_findings(tree: Any) -> list[Finding]:
             )
         ]
     stats = tree.children.get("sample_stats", {})
-    values = np.concatenate([stats[name].values.ravel() for name in ("log_weight", "lp") if name in stats] or [[0.0]])
-    wrong = int((~np.isfinite(values)).sum())
+    totals = [stats[name].values for name in ("log_weight", "lp") if name in stats]
+    wrong = sum(int((~np.isfinite(values)).sum()) for values in totals)
     if not wrong:
         return []
     return [
         Finding(
             "wrong",
-            f"log-weights or densities that are no finite number: {wrong} of {values.size}",
+            f"log-weights or densities that are no finite number: {wrong} of {sum(map(np.size, totals))}",
             "nothing else can be judged: draws have probability zero or no density under the model",
             "look for what the model forbids or can't compute far out in the guide's tails",
         )

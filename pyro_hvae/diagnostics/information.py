@@ -204,9 +204,9 @@ class _SeparateRuns:
         for _ in range(_PARENTS // self.num_draws + 1):
             run = self.problem.run(self.num_draws, draw_enumerated=True)
             for name, layer in self.layers_of.items():
-                self.parts[name].append(layer.own_densities(run))
+                self.parts[name].append(log_mean_exp(layer.own_densities(run)))
             yield run
 
     def own_density(self, name: str) -> Tensor:
         """Return log q(z|x) of each datum's own point, (N,), averaged over draws of the layers before it."""
-        return log_mean_exp(torch.cat(self.parts[name]))
+        return log_mean_exp(torch.stack(self.parts[name]))

@@ -112,14 +112,14 @@ def draw_runs(problem: Problem, num_draws: int) -> Iterable[Run]:
 
 def unit_variances(runs: Iterable[Run]) -> dict[str, Tensor]:
     """Return the variance over the data of each unit's mean, from all draws of ``runs``; NaN without a mean."""
-    means: dict[str, list[Tensor]] = {}
+    means: dict[str, _OverDraws] = {}
     categorical = set()
     for run in runs:
         for name in run.structure.latent:
-            means.setdefault(name, []).append(_means(run, name))
+            means.setdefault(name, _OverDraws()).add(_means(run, name))
             if _is_categorical(run, name):
                 categorical.add(name)
-    variances = {name: _variance(torch.cat(parts)) for name, parts in means.items()}
+    variances = {name: one.variance() for name, one in means.items()}
     return {name: variance.sum(-1) if name in categorical else variance for name, variance in variances.items()}
 
 
@@ -127,10 +127,28 @@ def _is_categorical(run: Run, name: str) -> bool:
     return type(leaf_distribution(run.guide_trace.nodes[name]["fn"])).__name__ == "Categorical"
 
 
-def _variance(means: Tensor) -> Tensor:
-    """Return the variance over data of the mean over draws, of ``(S, N, *units)``."""
-    noise = means.var(0).mean(0) / len(means) if len(means) > 1 else 0.0
-    return means.mean(0).var(0) - noise
+class _OverDraws:
+    """Mean and variance over draws of ``(S, N, *units)``, of parts as they come."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, part: Tensor) -> None:
+        """Join the moments of a part (Chan, Golub and LeVeque, 1979)."""
+        mean = part.mean(0)
+        squares = ((part - mean) ** 2).sum(0)
+        if not self.count:
+            self.count, self.mean, self.squares = len(part), mean, squares
+            return
+        total, shift = self.count + len(part), mean - self.mean
+        self.mean = self.mean + shift * (len(part) / total)
+        self.squares = self.squares + squares + shift**2 * (self.count * len(part) / total)
+        self.count = total
+
+    def variance(self) -> Tensor:
+        """Return the variance over data of the mean over draws."""
+        noise = (self.squares / (self.count - 1)).mean(0) / self.count if self.count > 1 else 0.0
+        return self.mean.var(0) - noise
 
 
 def _means(run: Run, name: str) -> Tensor:

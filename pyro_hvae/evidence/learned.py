@@ -17,6 +17,7 @@ from pyro_hvae.evidence.path import Path, State
 from pyro_hvae.evidence.sandwich import posterior_starts
 from pyro_hvae.evidence.sides import DRAWS_ASSUMED, MOMENT_ASSUMED, NONE_ASSUMED, Sides, Weights
 from pyro_hvae.problem import Problem, problem_of
+from pyro_hvae.problem.draws import count_draws
 from pyro_hvae.problem.isolation import evaluating
 from pyro_hvae.weights import check_weights, log_mean_exp
 
@@ -215,7 +216,7 @@ class AnnealedBound(Bound):
         starts: State = path.unconstrain(posterior_starts(samples, path))
         log_weights = (-self._kernels().backward_chain(path, starts)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         check_weights(log_weights)
-        single = problem.count_draws({name: samples[name] for name in path.transforms}) == 1
+        single = count_draws(problem, {name: samples[name] for name in path.transforms}) == 1
         return log_mean_exp(log_weights)[None] if single else log_weights
 
     def _path(self, problem: Problem, num_chains: int) -> Path:

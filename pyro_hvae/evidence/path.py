@@ -21,6 +21,7 @@ from pyro_hvae import devices
 from pyro_hvae.evidence.singular import undefined_where_singular
 from pyro_hvae.evidence.support import require_finite, values_of
 from pyro_hvae.problem import Layout, Plate, Problem, Run, total
+from pyro_hvae.problem.draws import place
 
 __all__ = ["Path", "State", "tempered"]
 
@@ -168,7 +169,7 @@ class Path:
         state = {}
         for name in self.sites:
             fn = self.problem.template.nodes[name]["fn"]
-            value = self.problem.place(name, values[name], self.num_chains).detach()
+            value = place(self.problem, name, values[name], self.num_chains).detach()
             value = self.layout.padded(value, fn.event_dim)
             if name in self.transforms:
                 transform = self.transforms[name]
@@ -188,7 +189,7 @@ class Path:
     def constrain(self, state: State) -> dict[str, Tensor]:
         """Return the latents at a state, and the auxiliary draws of the base."""
         values = {
-            name: self.problem.place(name, value, self.num_chains) for name, value in self.values(state).items()
+            name: place(self.problem, name, value, self.num_chains) for name, value in self.values(state).items()
         }
         computed = set(self.problem.structure.latent) - set(self.sites)
         if not computed:

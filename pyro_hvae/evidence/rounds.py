@@ -19,6 +19,7 @@ from pyro_hvae.evidence.path import Path
 from pyro_hvae.evidence.sandwich import posterior_starts
 from pyro_hvae.evidence.sides import MOMENT_KHAT, Sides, Weights, smoothed_mean
 from pyro_hvae.problem import Problem
+from pyro_hvae.problem.draws import count_draws
 from pyro_hvae.weights import check_weights, good_khat, log_mean_exp, pareto_khat, relative_variance
 from pyro_hvae.weights.confidence import group_means, log_inverse
 
@@ -250,7 +251,7 @@ class Search:
                 "guide draws sites of its own, give guide=None, so that draws are of the prior"
             )
         self.samples = {name: samples[name] for name in drawn}
-        return self.problem.count_draws(self.samples)
+        return count_draws(self.problem, self.samples)
 
     def _timed(self, name: str, draws: int, evaluations: int, work: Callable[[], R]) -> R:
         start = time.perf_counter()

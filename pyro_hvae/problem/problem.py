@@ -15,11 +15,11 @@ from pyro_hvae.problem.checks import check_observations, check_particles
 from pyro_hvae.problem.compare import compare_programs
 from pyro_hvae.problem.dependencies import Dependencies, dependencies_of
 from pyro_hvae.problem.deriving import derive_structure
+from pyro_hvae.problem.draws import given, place, shared
 from pyro_hvae.problem.execute import Call, Programs
 from pyro_hvae.problem.isolation import RUNNING, fingerprint, isolated
 from pyro_hvae.problem.knowledge import Knowledge, argument_key, knowledge_of
 from pyro_hvae.problem.particles import check_particles_apart
-from pyro_hvae.problem.plates import Layout
 from pyro_hvae.problem.prior import no_latents, prior_guide
 from pyro_hvae.problem.reading import read_arguments
 from pyro_hvae.problem.run import Run
@@ -289,9 +289,9 @@ class Problem:
                 once = once | frozenset(held)
             if num_particles > 1 and structure.drawn:
                 check_particles_apart(self, once)
-            draws = None if values is None else self._draws(structure, values, num_particles)
+            draws = None if values is None else given(self, structure, values, num_particles)
             if held:
-                draws = self._held(held)
+                draws = shared(self, held)
             return self.execute(structure, num_particles, once, draws)
 
     def rerun(self, run: Run, values: Mapping[str, Tensor]) -> Run:
@@ -303,7 +303,7 @@ class Problem:
         """
         draws = run.guide_trace.copy()
         for name in run.structure.drawn:
-            draws.nodes[name] = {**draws.nodes[name], "value": self.place(name, values[name], run.num_particles)}
+            draws.nodes[name] = {**draws.nodes[name], "value": place(self, name, values[name], run.num_particles)}
         model_trace, guide_trace = run.call.traces(draws, settled=True)
         actual = self._recognise(run.structure, model_trace, guide_trace)
         if actual is run.structure or actual.laid_out_as(run.structure):
@@ -356,55 +356,6 @@ class Problem:
     def template(self) -> Trace:
         """A trace of the guide with one particle; it gives the shapes of the sites' draws."""
         return self.look()[1]
-
-    def _draws(self, structure: Structure, values: Mapping[str, Tensor], num_particles: int) -> Trace:
-        """Return a trace of the guide with these values."""
-        free = {n for n in structure.drawn if structure.sites[n].guide_distribution == "Delta"}
-        free |= set(structure.enumerated_in_guide)
-        missing = sorted(set(structure.drawn) - set(values) - free)
-        if missing:
-            raise ValueError(f"values lack site(s) {missing} that the guide draws; they have {sorted(values)}")
-        draws = self.template.copy()
-        for name in structure.drawn:
-            if name not in values:
-                draws.remove_node(name)
-                continue
-            draws.nodes[name] = {**draws.nodes[name], "value": self.place(name, values[name], num_particles)}
-        return draws
-
-    def _held(self, values: Mapping[str, Tensor]) -> Trace:
-        """Return a trace of the guide with one particle that has these sites alone."""
-        draws = Trace()
-        for name, value in values.items():
-            draws.add_node(name, **{**self.template.nodes[name], "value": value})
-        return draws
-
-    def place(self, name: str, value: Tensor, num_particles: int) -> Tensor:
-        """Reshape a value of a drawn site so that its draws are left of every plate.
-
-        Raises:
-            ValueError: for another number of draws.
-        """
-        fn = self.template.nodes[name]["fn"]
-        shape, event_dim = fn.shape(), fn.event_dim
-        if num_particles > 1 and value.shape[0] != num_particles:
-            raise ValueError(f"site '{name}' has {value.shape[0]} draws where {num_particles} are evaluated")
-        return Layout(self.structure.max_plate_nesting, num_particles).place(value, shape, event_dim)
-
-    def count_draws(self, values: Mapping[str, Tensor]) -> int:
-        """Return the number of draws of each site in ``values``; 1 for values without a leading dim.
-
-        Raises:
-            ValueError: if sites have different numbers of draws.
-        """
-        counts = {
-            len(values[name]) if values[name].dim() > len(self.template.nodes[name]["fn"].shape()) else 1
-            for name in self.structure.drawn
-            if name in values
-        }
-        if len(counts) > 1:
-            raise ValueError(f"sites have different numbers of draws: {sorted(counts)}")
-        return counts.pop() if counts else 1
 
     # -- the model alone
 

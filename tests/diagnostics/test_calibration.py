@@ -1,5 +1,7 @@
 """Calibration: the exact posterior passes, and each way of being wrong is named as what it is."""
 
+import importlib
+
 import arviz_plots
 import numpy as np
 import pyro
@@ -205,3 +207,37 @@ def test_a_site_that_the_guide_enumerates_is_drawn():
     assert {"y", "z", "log_q"} <= set(found.ranks)
     assert found.passed, str(found)
     assert "z" in calibrate(model, lambda x: guide(x, 0.5), torch.zeros(N)).failures()
+
+
+def test_ranks_do_not_depend_on_how_many_numbers_are_compared_at_once(monkeypatch):
+    """Latents, densities and distances by hand, of draws that come in runs of a few."""
+    model, guide = two_layers()
+    module = importlib.import_module("pyro_hvae.diagnostics.layers")  # the package has a function of this name
+    monkeypatch.setattr(module, "default_chunk", lambda entries: 7)
+    torch.manual_seed(3)
+    whole = calibrate(model, guide, torch.zeros(30), num_draws=25)
+    monkeypatch.setattr("pyro_hvae.diagnostics.calibration._ENTRIES", 90)
+    torch.manual_seed(3)
+    parts = calibrate(model, guide, torch.zeros(30), num_draws=25)
+    for name, ranks in whole.ranks.items():
+        np.testing.assert_array_equal(parts.ranks[name], ranks, err_msg=name)
+        assert ranks.min() >= 0
+        assert ranks.max() <= 25
+        assert abs(ranks.mean() - 12.5) < 4 * 25 / 12**0.5 / 30**0.5
+
+
+def test_ties_are_broken_evenly():
+    """All draws and truths are 0 or 1: ranks are uniform only if ties are broken at random."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", dist.Normal(0.0 * k, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Bernoulli(torch.full_like(x, 0.5)))
+
+    found = calibrate(model, guide, torch.zeros(2000), num_draws=9).ranks["k"]
+    counts = np.bincount(found, minlength=10)
+    assert abs(counts - 200).max() < 4.5 * 180**0.5, counts

@@ -94,3 +94,22 @@ def test_many_data_are_looked_at_through_some(monkeypatch):
     for name in ("mutual_information", "aggregate_kl"):
         assert abs(float(some[name].sel(layer="z") - everything[name].sel(layer="z"))) < 0.05
     assert abs(float(some.mutual_information.sel(layer="z")) - 0.5 * math.log(2)) < 0.05  # x and z are Gaussian
+
+
+def test_densities_are_computed_for_so_many_entries_at_once(monkeypatch):
+    """Points times draws times data: all data are components of the mixtures, also where some are points."""
+    from pyro_hvae.diagnostics import information
+
+    largest = []
+    per_datum = information._Layer._per_datum
+
+    def recorded(self, run, points):
+        found = per_datum(self, run, points)
+        largest.append(found.numel())
+        return found
+
+    monkeypatch.setattr(information, "_POINTS", 10)
+    monkeypatch.setattr(information, "_ENTRIES_AT_ONCE", 3 * 4 * 50)
+    monkeypatch.setattr(information._Layer, "_per_datum", recorded)
+    layers(conjugate.model, conjugate.guide(), torch.randn(50), num_draws=4)
+    assert max(largest) == 3 * 4 * 50

@@ -7,6 +7,7 @@ import torch
 
 from pyro_hvae.chains import BottomUp, TopDown
 from pyro_hvae.diagnostics import active_units, mean_variances
+from pyro_hvae.diagnostics.layers import _OverDraws
 from pyro_hvae.kernels import LinearGaussian, StandardNormal
 
 
@@ -99,3 +100,15 @@ def test_categories_are_indicators_and_a_cauchy_has_no_mean():
     assert abs(float(mean_variances(model, sure, x, category)["k"]) - 2 * 0.25 * 100 / 99) < 1e-8
     with pytest.raises(ValueError, match=r"site 'k' \(Cauchy\) has no finite mean"):
         active_units(model, sure, x, cauchy)
+
+
+def test_moments_over_draws_join_parts_of_any_length():
+    draws = 100.0 + torch.randn(11, 6, 2)
+    joined = _OverDraws()
+    for part in draws.split([1, 4, 6]):
+        joined.add(part)
+    expected = draws.mean(0).var(0) - draws.var(0).mean(0) / 11
+    torch.testing.assert_close(joined.variance(), expected, rtol=1e-10, atol=1e-12)
+    alone = _OverDraws()
+    alone.add(draws[:1])
+    torch.testing.assert_close(alone.variance(), draws[0].var(0))

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,18 +69,47 @@ def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor], noise: str)
 
     Inductor asks the compiler first whether it knows each set of instructions that the processor has, which takes as
     long as the graph of a small program.  So the answer is assumed, and asked for only where the compiler then fails.
+
+    A process that is killed while it compiles may leave a library half-written in the cache: it is compiled again.
     """
     from torch._inductor import config
 
     if config.cpp.vec_isa_ok is not None:
-        return _compiled(module, tensors, noise, instructions=config.cpp.vec_isa_ok)
+        return _from_whole_libraries(module, tensors, noise, instructions=config.cpp.vec_isa_ok)
     try:
-        return _compiled(module, tensors, noise, instructions=True)
+        return _from_whole_libraries(module, tensors, noise, instructions=True)
     except Exception:
         from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
         valid_vec_isa_list.cache_clear()
-        return _compiled(module, tensors, noise, instructions=None)
+        return _from_whole_libraries(module, tensors, noise, instructions=None)
+
+
+def _from_whole_libraries(
+    module: fx.GraphModule, tensors: Sequence[Tensor], noise: str, instructions: bool | None
+) -> Callable[..., Any]:
+    """Compile a graph; remove each library in the cache on disk that can't be loaded, and try again."""
+    removed: set[Path] = set()
+    while True:
+        try:
+            return _compiled(module, tensors, noise, instructions)
+        except Exception as error:
+            library = _cached_library(error)
+            if library is None or library in removed:
+                raise
+            removed.add(library)
+            library.unlink(missing_ok=True)
+
+
+def _cached_library(error: Exception) -> Path | None:
+    """Return the library of Inductor's cache that could not be loaded; None where this is not the error."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    inner = getattr(error, "inner_exception", error)
+    if not isinstance(inner, ImportError) or inner.path is None:
+        return None
+    library = Path(inner.path)
+    return library if library.suffix == ".so" and library.is_relative_to(cache_dir()) else None
 
 
 def _compiled(

@@ -1,5 +1,10 @@
-"""Passes over Inductor's graphs."""
+"""Inductor: passes over its graphs, and its cache on disk."""
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -53,3 +58,56 @@ def test_the_compiler_is_asked_for_its_instructions_only_where_it_fails(monkeypa
     with config.patch({"cpp.vec_isa_ok": False}):
         program.compile_graph("graph", [], "eager")
     assert asked == [True, None, False]
+
+
+def test_a_library_that_a_killed_process_left_half_written_is_compiled_again(monkeypatch, tmp_path):
+    from pyro_hvae.training.compile import program
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    broken, foreign = tmp_path / "cache" / "ab" / "kernel.so", tmp_path / "foreign.so"
+    broken.parent.mkdir(parents=True)
+    tried = []
+
+    def compiled(module, tensors, noise, instructions):
+        tried.append(instructions)
+        if module.exists():
+            raise ImportError(f"{module}: file too short", path=str(module))
+        return module
+
+    monkeypatch.setattr(program, "_compiled", compiled)
+    for library in (broken, foreign):
+        library.write_bytes(b"\x7fELF")
+    assert program.compile_graph(broken, [], "eager") == broken
+    assert tried == [True, True]
+    with pytest.raises(ImportError, match="too short"):
+        program.compile_graph(foreign, [], "eager")
+    assert foreign.exists()  # no file of Inductor's
+
+
+_TWO_STEPS = """
+import torch, pyro_hvae as ph
+torch.manual_seed(0)
+model, guide = ph.vae(8, 2, hidden=(4,))
+objective = ph.TraceELBO()(model, guide)
+x = torch.ones(5, 8)
+step = ph.compile_step(objective, torch.optim.Adam(objective.parameters(), fused=True), x)
+print(float(step(x)), float(step(x)), step.fallback)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_starts_where_half_written_libraries_are_in_the_cache(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", _TWO_STEPS], env=environment, capture_output=True, text=True)
+        assert not done.returncode, done.stderr[-2000:]
+        return done.stdout
+
+    first = run()
+    libraries = list(tmp_path.rglob("*.so"))
+    assert libraries
+    for library in libraries:
+        library.write_bytes(library.read_bytes()[:100])
+    assert run() == first
+    assert first.split()[2] == "None"
