@@ -40,15 +40,16 @@ from pyro_hvae.nn import MLP
 
 HERE = Path(__file__).resolve().parent
 PIXELS, LATENT, HIDDEN = 784, 64, (450,)
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 PUBLISHED = {1: (-93.4, -88.5), 8: (-89.8, -87.5), 16: (-88.8, -87.2), 32: (-88.1, -87.0), 64: (-87.6, -86.9)}
 
 
-def pair() -> tuple[Any, Any]:
+def pair(activation: str = "relu") -> tuple[Any, Any]:
     """Model and guide at their start."""
     torch.manual_seed(0)
-    relu = partial(MLP, hidden=HIDDEN, activation=nn.ReLU)
-    model = ph.TopDown(z1=ph.StandardNormal(LATENT), x=ph.Bernoulli(relu(LATENT, PIXELS)))
-    return model, ph.BottomUp(z1=ph.Gaussian(relu(PIXELS, 2 * LATENT)))
+    net = partial(MLP, hidden=HIDDEN, activation=ACTIVATIONS[activation])
+    model = ph.TopDown(z1=ph.StandardNormal(LATENT), x=ph.Bernoulli(net(LATENT, PIXELS)))
+    return model, ph.BottomUp(z1=ph.Gaussian(net(PIXELS, 2 * LATENT)))
 
 
 class Curve:
@@ -146,6 +147,7 @@ def row(
     elbo, log_p = PUBLISHED.get(k, ("", ""))
     return {
         "K": k,
+        "activation": options.activation,
         "corrected": "yes" if options.correction else "no",
         "epochs": epochs,
         "rate": rate,
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[40, 60, 80], help="for each K")
     parser.add_argument("--rate", type=float, nargs="+", default=[3e-4, 3e-4, 2e-4], help="for each K")
     parser.add_argument("--first-epochs", type=int, default=300)
+    parser.add_argument("--activation", default="relu", choices=list(ACTIVATIONS), help="the paper's is relu")
     parser.add_argument("--correction", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--images", type=int, default=500, help="test images whose log p(x) is estimated")
@@ -184,7 +187,7 @@ def main() -> None:
     if options.short:
         data, x, options.first_epochs, options.images = data[:500], x[:200], 1, 50
         options.epochs = [5] * len(options.k)
-    model, guide = pair()
+    model, guide = pair(options.activation)
     with products(options.bfloat16):
         start = options.runs / "elbo"
         trained((model, guide), ph.LayerwiseELBO(), data, 1e-3, options.first_epochs, start, options.resume)

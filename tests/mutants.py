@@ -27,6 +27,11 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("evidence/roughness.py", "2.0 * length * slope", "length * slope", f"{E}/test_roughness.py"),
+    ("evidence/roughness.py", "if missed > _LIMIT:", "if False:", f"{E}/test_roughness.py"),
+    ("evidence/roughness.py", "with torch.random.fork_rng():\n        missed", "if True:\n        missed",
+     f"{E}/test_roughness.py"),
+    ("evidence/learned.py", "warn_if_rough(path)", "pass", f"{E}/test_roughness.py"),
     ("diagnostics/calibration.py", "self.ties += (draws == self.true).sum(0)", "pass",
      "tests/diagnostics/test_calibration.py"),
     ("diagnostics/calibration.py", "self.draws[name][start : start + len(part)] = part",

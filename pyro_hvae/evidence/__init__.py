@@ -7,6 +7,7 @@ from pyro_hvae.evidence.importance import Evidence, log_evidence
 from pyro_hvae.evidence.interval import EvidenceInterval, Interval, evidence_interval
 from pyro_hvae.evidence.learned import AnnealedBound
 from pyro_hvae.evidence.moves import Moves
+from pyro_hvae.evidence.roughness import RoughDensityWarning
 from pyro_hvae.evidence.sandwich import Sandwich, evidence_sandwich
 from pyro_hvae.evidence.temperatures import sigmoid_temperatures, temperatures
 
@@ -21,6 +22,7 @@ __all__ = [
     "Moves",
     "PosteriorGap",
     "RefinedGuide",
+    "RoughDensityWarning",
     "Sandwich",
     "anneal",
     "annealing",

@@ -14,6 +14,7 @@ from pyro_hvae.evidence.interval import Interval
 from pyro_hvae.evidence.kernels import AnnealingKernels
 from pyro_hvae.evidence.moves import Moves
 from pyro_hvae.evidence.path import Path, State
+from pyro_hvae.evidence.roughness import warn_if_rough
 from pyro_hvae.evidence.sandwich import posterior_starts
 from pyro_hvae.evidence.sides import DRAWS_ASSUMED, MOMENT_ASSUMED, NONE_ASSUMED, Sides, Weights
 from pyro_hvae.problem import Problem, problem_of
@@ -37,6 +38,9 @@ class AnnealedBound(Bound):
 
     ``pyro_hvae.fit`` trains the bound's parameters.  In a loop of one's own call :meth:`prepare` before the optimiser
     is made, and give it the bound's parameters too; ``bound(model, guide).parameters()`` has all.
+
+    Gradients pass through the chains' steps, so that they need second derivatives of both densities.  Where scores
+    jump, as those of networks with ReLU do, gradients are biased and a warning says so; the bound's value stays right.
 
     Args:
         num_temperatures: T >= 1 steps, each with one gradient of log q and of log p.
@@ -111,9 +115,11 @@ class AnnealedBound(Bound):
         if self.kernels is None:
             problem = problem_of(model, guide, args, kwargs)
             problem.require_density("annealing")
+            path = Path(problem, _DRAWS)
             self.kernels = AnnealingKernels(
-                Path(problem, _DRAWS), self.num_temperatures, correction=self.correction, hidden=self.hidden
+                path, self.num_temperatures, correction=self.correction, hidden=self.hidden
             )
+            warn_if_rough(path)
         return self
 
     def estimate(self, problem: Problem) -> Estimate:
