@@ -7,7 +7,7 @@
 The networks of the paper: one hidden layer of 450 ReLU in encoder and decoder, 64 latents; images are drawn anew from
 their grey values whenever they are used, the test images once, by a seed of their own.  A VAE is trained by its ELBO
 (``--first-epochs``, Adam at 1e-3 by a cosine).  From there all of it is trained on ``AnnealedBound(K)`` for one K after
-the other (a K may come again), each from the networks of the one before (``--epochs`` of each, Adam at its ``--rate``,
+the other, each from the networks of the one before (``--epochs`` of each, Adam at its ``--rate``,
 by a cosine too; ``--correction`` for momenta that are corrected by the scores, which UHA has not).  Reported are the
 bound on all test images, one draw each, and log p(x): that bound, what 1000 draws of the guide find above it on the
 first 500 images, and annealing above that on the first ``--images``.  ``--curve FILE`` keeps the
@@ -134,17 +134,10 @@ def log_evidence(model: Any, guide: Any, x: Tensor, bound: Tensor, options: argp
 
 
 def scored(
-    k: int,
-    epochs: int,
-    rate: float,
-    pair: tuple[Any, Any],
-    data: Tensor,
-    x: Tensor,
-    run: Path,
-    options: argparse.Namespace,
+    k: int, epochs: int, rate: float, pair: tuple[Any, Any], data: Tensor, x: Tensor, options: argparse.Namespace
 ) -> tuple[dict[str, object], list[dict[str, object]], Tensor]:
     """Train a pair on, in its place; return its figures, its curve, and the bound of each test image."""
-    bound = ph.AnnealedBound(k, correction=options.correction)
+    bound, run = ph.AnnealedBound(k, correction=options.correction), folder(k, options)
     curve = Curve(k, bound, x[:1000])
     with products(options.bfloat16):
         result = trained(pair, bound, data, rate, epochs, run, options.resume, curve)
@@ -155,14 +148,8 @@ def scored(
     return row(k, epochs, rate, value, hours, options), curve.rows, value
 
 
-def folders(options: argparse.Namespace) -> list[Path]:
-    """Where each stage is kept; a K may come again."""
-    found: list[Path] = []
-    for number, k in enumerate(options.k):
-        again = options.k[:number].count(k)
-        name = f"k{k}" + ("-corrected" if options.correction else "") + (f"-{again + 1}" if again else "")
-        found.append(options.runs / name)
-    return found
+def folder(k: int, options: argparse.Namespace) -> Path:
+    return options.runs / (f"k{k}-corrected" if options.correction else f"k{k}")
 
 
 def row(
@@ -222,17 +209,16 @@ def main() -> None:
     print(f"ELBO of the start: {value.mean():.2f} +- {value.std() / len(value) ** 0.5:.2f}", flush=True)
     rows: list[dict[str, Any]] = []
     curves, values = [], []
-    runs = folders(options)
-    for k, epochs, rate, run in zip(options.k, options.epochs, options.rate, runs, strict=True):
-        found, curve, value = scored(k, epochs, rate, (model, guide), data, x, run, options)
+    for k, epochs, rate in zip(options.k, options.epochs, options.rate, strict=True):
+        found, curve, value = scored(k, epochs, rate, (model, guide), data, x, options)
         rows.append(found)
         values.append(value)
         curves += curve
         print("  ".join(f"{name}: {value}" for name, value in found.items()), flush=True)
         write(options.csv, rows)
         write(options.curve if curves else None, curves)
-    for found, value, run in zip(rows, values, runs, strict=True):
-        ph.load(run, programs=(model, guide), ema=True)
+    for found, value in zip(rows, values, strict=True):
+        ph.load(folder(found["K"], options), programs=(model, guide), ema=True)
         found["log p(x)"] = log_evidence(model, guide, x, value, options)
         write(options.csv, rows)
     print("\n" + show(rows))
