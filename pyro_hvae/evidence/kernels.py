@@ -114,7 +114,8 @@ class AnnealingKernels(nn.Module):
         """Return the parameters of a site."""
         return getattr(self, self.names[name])
 
-    def point(self, path: Path, state: State) -> Point:
+    @staticmethod
+    def point(path: Path, state: State) -> Point:
         """Evaluate both densities and their gradients; differentiable where gradients are enabled."""
         outer = torch.is_grad_enabled()
         with torch.enable_grad():

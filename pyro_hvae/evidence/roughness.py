@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_hvae import devices
+from pyro_hvae.evidence.kernels import AnnealingKernels, Point
 from pyro_hvae.evidence.path import Path, State
 
 __all__ = ["RoughDensityWarning", "roughness", "warn_if_rough"]
@@ -54,7 +55,11 @@ def roughness(path: Path) -> float:
 def _missed(path: Path, start: State, way: State, linear: list[Tensor], length: float) -> float:
     """Return the share for steps of so many standard deviations along ``way``."""
     changed, missed = 0.0, 0.0
-    ahead, behind = (_scores(path, {n: u + sign * length * way[n] for n, u in start.items()}) for sign in (1.0, -1.0))
+    with torch.no_grad():
+        ahead, behind = (
+            _scores(AnnealingKernels.point(path, {n: u + sign * length * way[n] for n, u in start.items()}))
+            for sign in (1.0, -1.0)
+        )
     for after, before, slope in zip(ahead, behind, linear, strict=True):
         change = after.double() - before.double()
         changed += float((change**2).sum())
@@ -62,37 +67,20 @@ def _missed(path: Path, start: State, way: State, linear: list[Tensor], length: 
     return (missed / changed) ** 0.5 if 0.0 < changed < torch.inf and missed < torch.inf else 0.0
 
 
-def _scores(path: Path, state: State, *, differentiable: bool = False) -> list[Tensor]:
-    """Return the gradients of both densities by site."""
-    with torch.enable_grad():
-        leaves = {
-            name: value.detach().requires_grad_() if not differentiable else value for name, value in state.items()
-        }
-        found: list[Tensor] = []
-        for density in path.densities(leaves):
-            found += torch.autograd.grad(
-                density.sum(),
-                list(leaves.values()),
-                create_graph=differentiable,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-    return found
+def _scores(at: Point) -> list[Tensor]:
+    return [*at.score_q.values(), *at.score_p.values()]
 
 
 def _linear(path: Path, start: State, way: State) -> list[Tensor]:
     """Return the change of each score by its derivative: of the two densities, products of Hessian and ``way``."""
-    leaves = {name: value.detach().requires_grad_() for name, value in start.items()}
-    names, found = list(leaves), []
-    scores = _scores(path, leaves, differentiable=True)
-    for scores_of_one in (scores[: len(names)], scores[len(names) :]):
-        with torch.enable_grad():
-            along = torch.stack([(s * way[n]).sum() for n, s in zip(names, scores_of_one, strict=True)]).sum()
-        if not along.requires_grad:
-            found += [torch.zeros_like(value) for value in leaves.values()]
-            continue
-        found += torch.autograd.grad(
-            along, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+    found: list[Tensor] = []
+    with torch.enable_grad():
+        at = AnnealingKernels.point(path, {name: value.detach() for name, value in start.items()})
+        leaves = list(at.state.values())
+        for scores in (at.score_q, at.score_p):
+            along = torch.stack([(score * way[name]).sum() for name, score in scores.items()]).sum()
+            if not along.requires_grad:
+                found += [torch.zeros_like(value) for value in leaves]
+                continue
+            found += torch.autograd.grad(along, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
     return found

@@ -224,20 +224,3 @@ def test_ranks_do_not_depend_on_how_many_numbers_are_compared_at_once(monkeypatc
         assert ranks.min() >= 0
         assert ranks.max() <= 25
         assert abs(ranks.mean() - 12.5) < 4 * 25 / 12**0.5 / 30**0.5
-
-
-def test_ties_are_broken_evenly():
-    """All draws and truths are 0 or 1: ranks are uniform only if ties are broken at random."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))
-            pyro.sample("x", dist.Normal(0.0 * k, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("k", dist.Bernoulli(torch.full_like(x, 0.5)))
-
-    found = calibrate(model, guide, torch.zeros(2000), num_draws=9).ranks["k"]
-    counts = np.bincount(found, minlength=10)
-    assert abs(counts - 200).max() < 4.5 * 180**0.5, counts
