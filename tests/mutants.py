@@ -27,6 +27,13 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("training/compile/elementary.py", "-0.333333286, 0.133", "-0.33333, 0.133", f"{C}/test_elementary.py"),
+    ("training/compile/elementary.py", "value.dtype != torch.float32 or ", "", f"{C}/test_elementary.py"),
+    ("training/compile/elementary.py", " if beta == 1 and threshold >= 17 else None", "", f"{C}/test_elementary.py"),
+    ("training/compile/program.py", "    replace_elementary(graph)\n", "", f"{C}/test_elementary.py"),
+    ("diagnostics/diagnose.py", ", totals_only=True", "", "tests/diagnostics/test_diagnose.py"),
+    ("diagnostics/diagnose.py", "word.finite_findings(few) or findings", "findings",
+     "tests/diagnostics/test_diagnose.py"),
     ("evidence/roughness.py", "2.0 * length * slope", "length * slope", f"{E}/test_roughness.py"),
     ("evidence/roughness.py", "if missed > _LIMIT:", "if False:", f"{E}/test_roughness.py"),
     ("evidence/roughness.py", "with torch.random.fork_rng():\n        missed", "if True:\n        missed",

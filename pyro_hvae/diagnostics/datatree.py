@@ -161,8 +161,13 @@ def collect(
     chunk_size: int | None = None,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    totals_only: bool = False,
 ) -> Any:
-    """Build the tree of sources, each a chain; arguments as in :func:`to_datatree`."""
+    """Build the tree of sources, each a chain; arguments as in :func:`to_datatree`.
+
+    Args:
+        totals_only: of ``sample_stats``, leave out the densities of single sites.
+    """
     first, wanted = sources[0], _wanted(groups)
     left_out = _improper_prior(first, wanted, asked=groups is not None)
     wanted -= left_out
@@ -175,7 +180,8 @@ def collect(
     try:
         with tqdm(total=first.num_draws, disable=not progress, desc="to_datatree", unit="draw") as bar:
             for count in chunks(first.num_draws, size):
-                store.append(start, _together([source.draw(start, count, wanted) for source in sources]))
+                drawn = _together([source.draw(start, count, wanted) for source in sources])
+                store.append(start, _totals(drawn) if totals_only else drawn)
                 start += count
                 bar.update(count)
         return store.finish()
@@ -206,6 +212,11 @@ def _together(parts: list[Groups]) -> Groups:
     if any({k: set(v) for k, v in part.items()} != {k: set(v) for k, v in first.items()} for part in parts):
         raise ValueError("the guides do not draw the same sites, so they can't be chains of one tree")
     return {group: {name: np.stack([part[group][name] for part in parts]) for name in first[group]} for group in first}
+
+
+def _totals(drawn: Groups) -> Groups:
+    stats = drawn["sample_stats"]
+    return drawn | {"sample_stats": {name: stats[name] for name in ("lp", "log_q", "log_weight") if name in stats}}
 
 
 class _Naming:

@@ -282,5 +282,6 @@ def _range(value: Tensor, hats: KHats) -> str:
 
 def _equal(weights: Tensor) -> bool:
     """Whether log-weights ``(S, ...)`` are the same but for round-off."""
-    round_off = (64 * torch.finfo(weights.dtype).eps * weights.abs().amax(0)).clamp(1e-8, 0.01)
-    return bool((weights.amax(0) - weights.amin(0) <= round_off).all())
+    least, most = weights.aminmax(dim=0)
+    round_off = (64 * torch.finfo(weights.dtype).eps * torch.maximum(-least, most)).clamp(1e-8, 0.01)
+    return bool((most - least <= round_off).all())

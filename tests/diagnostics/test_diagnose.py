@@ -1,5 +1,6 @@
 """One set of draws, judged as it is and once weighted; from programs, a bound problem, a tree or a file."""
 
+import importlib
 import math
 import random
 
@@ -373,3 +374,41 @@ def test_a_conditional_pair_is_judged_with_its_context():
     found = ph.log_evidence(model, None, x, context=context, method="prior", num_samples=2000)
     by_guide = ph.log_evidence(model, guide, x, context=context, num_samples=2000)
     assert ((found.value - by_guide.value).abs() < 5 * (found.stderr**2 + by_guide.stderr**2).sqrt()).all()
+
+
+def test_of_many_data_weights_alone_are_kept(monkeypatch):
+    trees, x = [], torch.linspace(-1.0, 1.0, 40)
+    module = importlib.import_module("pyro_hvae.diagnostics.diagnose")
+    collect = module.collect
+    monkeypatch.setattr(module, "collect", lambda *args, **more: trees.append(collect(*args, **more)) or trees[-1])
+    reports = []
+    for memory in (2**28, 0):
+        monkeypatch.setattr(module, "_GROUP_BYTES", memory)
+        torch.manual_seed(0)
+        reports.append(diagnose(local, local_guide(0.5), x, num_draws=2000))
+    whole, alone = reports
+    assert {name: set(node.data_vars) for name, node in trees[1].children.items()} == {
+        "sample_stats": {"lp", "log_q", "log_weight"}
+    }
+    assert "log_q_z" in trees[0]["sample_stats"]
+    assert alone.numbers["elbo"] == pytest.approx(whole.numbers["elbo"], abs=0.01)
+    medians = [float(report.numbers["khat"]["per_datum"].median()) for report in reports]
+    assert medians[1] == pytest.approx(medians[0], abs=0.1)
+    assert medians[1] > 0.3
+    assert alone.worst == whole.worst
+    assert set(alone.numbers) == set(whole.numbers) - {"draws", "predictive"}
+
+
+@pytest.mark.filterwarnings("ignore:Encountered .inf:UserWarning")
+def test_of_many_data_a_broken_site_has_its_name(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("pyro_hvae.diagnostics.diagnose"), "_GROUP_BYTES", 0)
+
+    def broken(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("cliff", torch.where(z > 0, torch.inf, 0.0))
+
+    (finding,) = diagnose(broken, local_guide(), torch.zeros(20)).findings
+    assert finding.level == "wrong"
+    assert "cliff (" in finding.what

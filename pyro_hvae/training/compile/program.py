@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyro_hvae.training.compile.elementary import replace_elementary
 from pyro_hvae.training.compile.graph import FlatGraph, kept_values
 from pyro_hvae.training.compile.update import FusedAdam
 
@@ -143,6 +144,7 @@ def _owned(module: fx.GraphModule, keep_draws: bool) -> fx.GraphModule:
     ``rand < p``, whose draws differ from torch's.
     """
     graph = copy.deepcopy(module.graph)
+    replace_elementary(graph)
     for node in graph.nodes:
         node.meta.clear()  # otherwise the keys of the cache on disk contain lines of the program
         if keep_draws and node.op == "call_function" and node.target is aten.bernoulli.default:
