@@ -125,6 +125,17 @@ def test_binarize_draws_with_the_right_probability_and_anew():
     assert binarize(torch.tensor([0.4, 0.6]), threshold=0.5).tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_binarize_in_all_precisions(dtype):
+    n = 400_000
+    g = torch.full((n,), 0.001).to(dtype)
+    draws, probability = binarize(g), float(g[0])
+    assert draws.dtype == dtype
+    assert abs(float(draws.double().mean()) - probability) < 4 * (probability / n) ** 0.5
+    ends = binarize(torch.tensor([0.0, 1.0], dtype=dtype).expand(n, 2)).double().mean(0)
+    assert ends.tolist() == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan")])
 def test_binarize_refuses_what_is_no_grey_value(bad):
     x = torch.full((3, 4), 0.5)
