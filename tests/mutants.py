@@ -31,6 +31,8 @@ MUTANTS = [
     ("training/compile/elementary.py", "value.dtype != torch.float32 or ", "", f"{C}/test_elementary.py"),
     ("training/compile/elementary.py", " if beta == 1 and threshold >= 17 else None", "", f"{C}/test_elementary.py"),
     ("training/compile/program.py", "    replace_elementary(graph)\n", "", f"{C}/test_elementary.py"),
+    ("diagnostics/information.py", "max(2, min(_DRAWS, _COMPONENTS // data))", "_DRAWS",
+     "tests/diagnostics/test_information.py"),
     ("diagnostics/diagnose.py", ", totals_only=True", "", "tests/diagnostics/test_diagnose.py"),
     ("diagnostics/diagnose.py", "word.finite_findings(few) or findings", "findings",
      "tests/diagnostics/test_diagnose.py"),

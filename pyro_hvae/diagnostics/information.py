@@ -40,16 +40,21 @@ _POINTS = 1000
 
 _ENTRIES_AT_ONCE = 2**22
 
+_DRAWS = 16
+_COMPONENTS = 200_000
+"""Draws times data that are enough for the mixtures over all data."""
+
 
 @of_pair
-def layers(problem: Problem, *, num_draws: int = 16, threshold: float = ACTIVE_THRESHOLD) -> Any:
+def layers(problem: Problem, *, num_draws: int | None = None, threshold: float = ACTIVE_THRESHOLD) -> Any:
     r"""Compute term, information and active units of each layer of latents.
 
     Args:
         model, guide: Pyro programs, called with ``args`` and ``kwargs``; some hundred data are enough.  The cost grows
             with the square of their number up to 1000 of them, and linearly from there on: divergences are then
             averages over 1000 of the data.
-        num_draws: S >= 2 draws of the guide for each datum.
+        num_draws: S >= 2 draws of the guide for each datum; by default 16, and fewer where draws times data would be
+            above 200,000.
         threshold: variance of a posterior mean above which a unit is active.
 
     Returns:
@@ -69,6 +74,8 @@ def layers(problem: Problem, *, num_draws: int = 16, threshold: float = ACTIVE_T
     """
     import xarray as xr
 
+    if num_draws is None:
+        num_draws = _default_draws(problem)
     check_data(problem, num_draws)
     with torch.no_grad():
         run = problem.run(num_draws, draw_enumerated=True)
@@ -103,6 +110,11 @@ def layers(problem: Problem, *, num_draws: int = 16, threshold: float = ACTIVE_T
             "num_data": size,
         },
     )
+
+
+def _default_draws(problem: Problem) -> int:
+    data = math.prod(plate.size for plate in problem.structure.common)
+    return max(2, min(_DRAWS, _COMPONENTS // data))
 
 
 def _active(variance: Tensor, threshold: float) -> float:

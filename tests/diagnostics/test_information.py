@@ -113,3 +113,19 @@ def test_densities_are_computed_for_so_many_entries_at_once(monkeypatch):
     monkeypatch.setattr(information._Layer, "_per_datum", recorded)
     layers(conjugate.model, conjugate.guide(), torch.randn(50), num_draws=4)
     assert max(largest) == 3 * 4 * 50
+
+
+@pytest.mark.parametrize(("components", "draws"), [(1, 2), (5 * N, 5), (10**9, 16)])
+def test_many_data_have_fewer_draws(monkeypatch, components, draws):
+    """The information is that of the closed form also from two draws a datum."""
+    from pyro_hvae.diagnostics import information
+
+    a, s, c, r = 1.5, 0.8, 0.7, 0.5
+    counts = []
+    terms = information._terms
+    monkeypatch.setattr(information, "_COMPONENTS", components)
+    monkeypatch.setattr(information, "_terms", lambda pair, run: counts.append(run.num_particles) or terms(pair, run))
+    found = layers(*pair(), torch.randn(N))
+    assert counts == [draws]
+    expected = [0.5 * math.log(1 + a**2 / s**2), 0.5 * math.log(1 + (c * a) ** 2 / (c**2 * s**2 + r**2))]
+    assert torch.allclose(torch.tensor(found.mutual_information.values), torch.tensor(expected), atol=0.05)
