@@ -27,6 +27,10 @@ C, W = "tests/training/compile", "tests/test_weights.py"
 
 # file in the package, line, broken line, tests
 MUTANTS = [
+    ("problem/run.py", "_SiteTerms(self._twin(), self.model_trace)", "_SiteTerms(self, self.model_trace)",
+     f"{P}/test_freed.py"),
+    ("problem/run.py", "_SiteTerms(self._twin(), self.guide_trace)", "_SiteTerms(self, self.guide_trace)",
+     f"{P}/test_freed.py"),
     ("training/compile/elementary.py", "-0.333333286, 0.133", "-0.33333, 0.133", f"{C}/test_elementary.py"),
     ("training/compile/elementary.py", "value.dtype != torch.float32 or ", "", f"{C}/test_elementary.py"),
     ("training/compile/elementary.py", " if beta == 1 and threshold >= 17 else None", "", f"{C}/test_elementary.py"),

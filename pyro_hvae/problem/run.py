@@ -84,12 +84,12 @@ class Run:
         Sites that share a summed-out variable are one term under their joined names.  Where the guide enumerates a
         site, each term is the exact expectation over it.
         """
-        return _SiteTerms(self, self.model_trace) if self._enumerated is None else self._enumerated.log_p(self)
+        return _SiteTerms(self._twin(), self.model_trace) if self._enumerated is None else self._enumerated.log_p(self)
 
     @cached
     def log_q(self) -> Mapping[str, Tensor]:
         """log q of each site of the guide given its parents; in expectation over sites that the guide enumerates."""
-        return _SiteTerms(self, self.guide_trace)
+        return _SiteTerms(self._twin(), self.guide_trace)
 
     @cached
     def log_ratios(self) -> Tensor:
@@ -129,6 +129,12 @@ class Run:
             ValueError: where no state has a positive probability.
         """
         return {} if self._enumerated is None or not self.structure.enumerated else draw_states(self._enumerated)
+
+    def _twin(self) -> Run:
+        """Return the same run without its results: terms that held the run itself would keep it alive in a cycle."""
+        twin = self.over(self.plates)
+        vars(twin)["_enumerated"] = self._enumerated
+        return twin
 
     @cached
     def _enumerated(self) -> Enumerated | None:
