@@ -40,7 +40,7 @@ def draw(curve: list[dict[str, str]], path: Path) -> None:
                 axis.annotate(f"UHA, K = {k}", (0.5, value + SHIFT), fontsize=8, color=COLOURS[k], va="bottom")
         axis.set_title({"relu": "ReLU", "silu": "SiLU"}[activation], fontsize=10)
         axis.set_xlabel("processor minutes of a stage")
-        axis.set_xlim(0, 34)
+        axis.set_xlim(0, 39)
         axis.spines[["top", "right"]].set_visible(False)
         if activation == "relu":
             axis.set_ylabel("nats an image (first 1000)")
