@@ -1,9 +1,8 @@
 """Elementary functions in single precision that Inductor's kernels compute quickly on a CPU.
 
-Inductor calls a vector library for ``tanh`` and ``log1p``, which takes longer than the matrix products between two
-hidden layers of some hundred units are worth.  Here both are a polynomial or one exponential, as accurate as the
-library's up to a unit in the last place: the polynomials interpolate at Chebyshev nodes, and the largest relative
-errors are 1.4e-7 and 1.6e-7.  Other types and devices keep Inductor's own.
+Inductor calls a vector library for ``tanh`` and ``log1p``, which takes two to three times as long as a polynomial or
+one exponential.  These are as accurate up to a unit in the last place: the polynomials interpolate at Chebyshev nodes,
+and the largest relative errors are 1.4e-7 and 1.6e-7.  Other types and devices keep Inductor's own.
 """
 
 from __future__ import annotations
