@@ -146,24 +146,22 @@ def _problems(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any]) ->
 
 
 def _drawn(problems: list[Problem], num_draws: int) -> tuple[Any, list[Finding]]:
-    """Return one tree of the draws of all problems; or findings, where densities do not allow draws."""
+    """Return one tree of the draws of all problems; or findings, where densities do not allow draws.
+
+    Of many data with latents of their own the log-weights are kept, not the densities of sites; where these weights are
+    not finite, few draws say which site is broken.
+    """
     sources = sources_of(problems, num_draws, None)
     densities, kept = ["sample_stats", "log_likelihood", "log_prior"], _kept_groups(sources)
-    if problems[0].structure.common and "posterior_predictive" not in kept:
-        return _weighed(problems, sources, densities)
+    many = bool(problems[0].structure.common) and "posterior_predictive" not in kept
     try:
-        return collect(sources, [*densities, *kept]), []
+        tree = collect(sources, [*(["sample_stats"] if many else densities), *kept], totals_only=many)
     except (ValueError, RuntimeError):
         findings = word.finite_findings(_chain(collect(sources, densities)))
         if not findings:
             raise
         return None, findings
-
-
-def _weighed(problems: list[Problem], sources: Sequence[Source], densities: list[str]) -> tuple[Any, list[Finding]]:
-    """Return a tree of the log-weights of many data, without the densities of sites; few draws say which is broken."""
-    tree = collect(sources, ["sample_stats"], totals_only=True)
-    findings = word.finite_findings(_chain(tree))
+    findings = word.finite_findings(_chain(tree)) if many else []
     if not findings:
         return tree, []
     few = _chain(collect(sources_of(problems, 100, None), densities))

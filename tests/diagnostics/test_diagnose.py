@@ -412,3 +412,23 @@ def test_of_many_data_a_broken_site_has_its_name(monkeypatch):
     (finding,) = diagnose(broken, local_guide(), torch.zeros(20)).findings
     assert finding.level == "wrong"
     assert "cliff (" in finding.what
+
+
+def test_of_wide_data_the_draws_of_latents_are_compared_all_the_same(monkeypatch):
+    """Replicates of 30 entries a datum are too many to keep, draws of one latent are not."""
+
+    def wide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 30.0**0.5).expand([*z.shape, 30]).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1) / 2, 1.2 * 0.5**0.5))
+
+    x = torch.zeros(20, 30)
+    monkeypatch.setattr(importlib.import_module("pyro_hvae.diagnostics.diagnose"), "_GROUP_BYTES", 2**20)
+    numbers = diagnose(wide, [guide, guide], x, num_draws=2000).numbers
+    assert "predictive" not in numbers
+    assert numbers["draws"]["z"]["ratio"] == pytest.approx(1.2, abs=0.1)  # of the entry that is furthest off
+    assert numbers["rhat"]["z"] < 1.02
